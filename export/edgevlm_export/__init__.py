@@ -1,0 +1,1 @@
+"""Lowering: a torch module becomes an ONNX graph, and the graph takes the form its target runs."""
