@@ -1,0 +1,183 @@
+"""What a bundle says about itself: the types of `manifest.json`, defined once and here.
+
+The compiler builds these and writes them; the runtime reads them and trusts nothing else. A field
+is data that the runtime acts on: which graphs there are, what feeds each input, which tensors are
+state and how each kind is committed and rewound. `edgevlm_runtime.structure` turns JSON into these
+types and back, refusing unknown keys and wrong types by name.
+
+Sources of graph inputs
+    A graph input names where its value comes from, and the session feeds it by that name.
+    `pixels`             preprocessed pixels of one tile or picture
+    `grid`               patch grid of a native-resolution picture
+    `embeds`             rows of the prompt, or of the tokens of this call, embedded [1, T, W]
+    `question_embeds`    embedded text rows of the question, before any picture is encoded
+    `rope_cos`, `rope_sin`   rotary tables, one row per row of this call
+    `last_slot:GROUP`    int32 [1], used slots + T - 1       (`seqlens_k` of GroupQueryAttention)
+    `total:GROUP`        int32 [], used slots + T            (`total_sequence_length`)
+    `used:GROUP`         int64 [1], used slots before this call
+    `mask:GROUP`         additive float mask [1, 1, T, S + T] over cache slots, then this call's rows
+    `row_valid`          float [1, T, 1], 0 for padding rows
+    `logit_rows`         int64 [R], the rows that logits are wanted for
+    `state:NAME`         the state tensor of that name
+    `output:NAME`        an output of that name of a graph that ran before
+    `constant:FILE`      the array in that file of the bundle (.npy)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One input or output of a graph; a dimension is a number, or a name where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """What runs a graph, and the options it is given (`session.force_spinning_stop: "1"`)."""
+
+    kind: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphSpec:
+    """One executable: its job, its files, its inputs and outputs.
+
+    `phases` says which calls a step graph may serve (`prefill`, `decode`, `verify`); `rows` is the
+    number of rows of a static graph, or None where T is dynamic up to `max_rows`. `mask` is
+    `causal` (built in) or `additive` (an input, whose closed value is `mask_value`). `grid` is the
+    patch grid (height, width) that a static native-resolution vision graph was made for.
+    """
+
+    name: str
+    role: str
+    file: str
+    engine: EngineSpec
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[str, ...] = ()
+    phases: tuple[str, ...] = ()
+    rows: int | None = None
+    max_rows: int | None = None
+    mask: str = "causal"
+    mask_value: float = -60000.0
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateTensor:
+    """One tensor carried from call to call: which input it feeds, which output renews it.
+
+    `kind` is a row of the runtime's table of state kinds: `kv_inplace` (the graph writes into the
+    buffer it reads), `kv_delta` (the graph returns new rows, the host commits them), `conv` (the
+    graph returns the wide buffer, the host crops it), `ssm`, `const`. `axis` is the slot axis.
+    """
+
+    name: str
+    kind: str
+    input: str
+    output: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int = 2
+    layer: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateGroup:
+    """Tensors that share a capacity and a used length."""
+
+    name: str
+    capacity: int
+    tensors: tuple[StateTensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeSpec:
+    """Rotary positions: frequencies, and for M-RoPE which position axis each frequency turns with.
+
+    `inv_freq` has rotary_dim / 2 entries; `sections` is empty for one position number per row, else
+    the number of consecutive frequencies that turn with the temporal, height and width position.
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float = 1.0
+    sections: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One compiled form of the model: its graphs, its state, its token embedding.
+
+    `embedding` names the graph of role `embedding` (engine kind `table`: the rows of an .npy file).
+    """
+
+    target: str
+    graphs: tuple[GraphSpec, ...]
+    state: tuple[StateGroup, ...]
+    rope: RopeSpec | None
+    max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """Size and sha256 of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """Where the model came from."""
+
+    name: str
+    family: str
+    source: str
+    revision: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSpec:
+    """Defaults of generation, from the checkpoint and the recipe; a call may override them."""
+
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The whole of `manifest.json`.
+
+    `image` and `text` are read by `edgevlm_runtime.image` and `edgevlm_runtime.text`; `provenance`
+    (recipe, versions, changes, decisions, evidence) is for people and for `edgevlm inspect`, and
+    nothing at run time depends on it.
+    """
+
+    format_version: int
+    name: str
+    device: str
+    model: ModelInfo
+    variants: Mapping[str, Variant]
+    default_variant: str
+    image: Mapping[str, Any]
+    text: Mapping[str, Any]
+    generation: GenerationSpec
+    files: Mapping[str, FileEntry]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
