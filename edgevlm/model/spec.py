@@ -1,0 +1,188 @@
+"""What a model is, as plain data: everything that its forward pass, its graphs and `plan` need.
+
+A family makes a `VlmSpec` from `config.json` alone, without weights and without torch; `build`
+makes a module of it. A layer is data too: a block swap changes its `LayerSpec` and its module
+together. Patch grids are (height, width), counted in patches before any merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgevlm_runtime.manifest import GenerationSpec, RopeSpec
+
+__all__ = [
+    "AttentionSpec",
+    "DecoderSpec",
+    "GenerationSpec",
+    "LayerSpec",
+    "MlpSpec",
+    "NormSpec",
+    "ProjectorSpec",
+    "RopeSpec",
+    "VisionSpec",
+    "VlmSpec",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormSpec:
+    """A norm over the last axis: `rms` (weight) or `layer` (weight and bias)."""
+
+    kind: str
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec:
+    """Softmax attention; several query heads may share a key-value head.
+
+    `q_norm` and `k_norm` work on each head alone. `window` is how many rows a row sees, itself
+    counted. `softcap` bounds the scores as `softcap * tanh(score / softcap)`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool
+    out_bias: bool
+    q_norm: NormSpec | None = None
+    k_norm: NormSpec | None = None
+    softcap: float | None = None
+    window: int | None = None
+
+    @property
+    def q_width(self) -> int:
+        """Width of all query heads together, which need not be the width of the model."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlpSpec:
+    """`down(act(up x))`, or gated: `down(act(gate x) * up x)`."""
+
+    width: int
+    activation: str
+    gated: bool
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """One residual layer: `x + mixer(norm1 x)`, then `x + mlp(norm2 x)`.
+
+    `mixer` is `attention`, or in a vision encoder `window_attention`: each patch sees the patches
+    of its own window.
+    """
+
+    mixer: str
+    attention: AttentionSpec
+    mlp: MlpSpec
+    norm1: NormSpec
+    norm2: NormSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSpec:
+    """The language model: embedding, layers, norm, head (`tied`: the embedding is the head)."""
+
+    width: int
+    vocab_size: int
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec
+    tied: bool
+    rope: RopeSpec
+    max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSpec:
+    """The encoder of pixels.
+
+    `grids` are the patch grids it is built for: one for a fixed image size; for `native` resolution
+    one per vision graph. `position` is `learned` (a table of one row per patch, and per class
+    token) or `rotary` (2-D, inside attention). `feature_layers` index the hidden states (0 is the
+    embedding, -1 the last layer) whose concatenation leaves the encoder, `norm` acts on the last.
+    `num_skipped` leading rows (the class token) are dropped from it. `pixels` is the layout of one
+    picture: `image` [C, H, W], or `patches` [rows, C * temporal * patch * patch].
+    """
+
+    kind: str
+    width: int
+    num_channels: int
+    patch_size: int
+    grids: tuple[tuple[int, int], ...]
+    layers: tuple[LayerSpec, ...]
+    position: str
+    position_rows: tuple[int, ...]
+    patch_bias: bool
+    class_token: bool
+    pre_norm: NormSpec | None
+    norm: NormSpec | None
+    feature_layers: tuple[int, ...]
+    num_skipped: int
+    pixels: str = "image"
+    temporal_patch_size: int = 1
+    merge: int = 1
+    window: int = 0
+
+    @property
+    def out_width(self) -> int:
+        """Width of what leaves the encoder."""
+        return self.width * len(self.feature_layers)
+
+    def pixels_shape(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the pixels of one picture (or tile) of that grid, without the batch axis."""
+        height, width = grid
+        if self.pixels == "patches":
+            return height * width, self.num_channels * self.temporal_patch_size * self.patch_size**2
+        return self.num_channels, height * self.patch_size, width * self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorSpec:
+    """The map from vision features to rows of the decoder.
+
+    `kind` is `mlp` (up, act, down), `pixel_shuffle` (squares of `merge` x `merge` patches become a
+    row, then one linear map) or `patch_merger` (norm, squares become one row, up, act, down).
+    """
+
+    kind: str
+    in_width: int
+    hidden_width: int
+    out_width: int
+    activation: str | None
+    bias: bool
+    merge: int = 1
+    norm: NormSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VlmSpec:
+    """The whole model, and what the runtime must know to feed it.
+
+    `image` and `text` are the manifest's image and text sections.
+    """
+
+    family: str
+    vision: VisionSpec
+    projector: ProjectorSpec
+    decoder: DecoderSpec
+    image_token_id: int
+    image: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
+    generation: GenerationSpec = field(default_factory=lambda: GenerationSpec(eos_token_ids=()))
+
+    def image_tokens(self, grid: tuple[int, int]) -> int:
+        """Rows of the decoder that one picture (or tile) of that grid becomes."""
+        height, width = grid
+        extra = 1 if self.vision.class_token and not self.vision.num_skipped else 0
+        return height * width // self.projector.merge**2 + extra
