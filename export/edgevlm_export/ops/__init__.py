@@ -1,0 +1,25 @@
+"""The ops our modules are made of: eager torch is the reference, a graph keeps each as one node."""
+
+from __future__ import annotations
+
+from edgevlm_export.ops.activate import ACTIVATIONS, Activation, activate
+from edgevlm_export.ops.attention import attention
+from edgevlm_export.ops.cached_attention import cached_attention
+from edgevlm_export.ops.gated import gated
+from edgevlm_export.ops.layer_norm import layer_norm
+from edgevlm_export.ops.masked_attention import masked_attention
+from edgevlm_export.ops.rms_norm import rms_norm
+from edgevlm_export.ops.rotary import rotary
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "activate",
+    "attention",
+    "cached_attention",
+    "gated",
+    "layer_norm",
+    "masked_attention",
+    "rms_norm",
+    "rotary",
+]

@@ -1,0 +1,42 @@
+"""The activations between two projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
+
+
+def activation(kind: str) -> Callable[[Tensor], Tensor]:
+    """The torch function of an activation's name."""
+    return _FUNCTIONS[kind]
+
+
+@torch.library.custom_op("edgevlm::activate", mutates_args=())
+def _activate(x: Tensor, kind: str) -> Tensor:
+    return activation(kind)(x)
+
+
+@_activate.register_fake
+def _(x: Tensor, kind: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def activate(x: Tensor, kind: Activation) -> Tensor:
+    """Apply one activation, elementwise."""
+    out: Tensor = _activate(x, kind)
+    return out
