@@ -6,18 +6,17 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
+    "relu": nn.functional.relu,
 }
 
 

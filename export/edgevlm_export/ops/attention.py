@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgevlm_export.ops.heads import from_heads, to_heads, unpack
 
@@ -26,7 +25,7 @@ def _attention(
         allowed = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
         closed = torch.zeros(rows, keys, dtype=q.dtype).masked_fill(~allowed, -torch.inf)
         mask = closed if mask is None else mask + closed
-    out = F.scaled_dot_product_attention(
+    out = torch.nn.functional.scaled_dot_product_attention(
         to_heads(q, num_heads),
         to_heads(k, num_kv_heads),
         to_heads(v, num_kv_heads),

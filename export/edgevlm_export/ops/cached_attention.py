@@ -1,16 +1,15 @@
-"""Causal attention over a cache that the op itself extends in place: rotary, scores, softmax, values.
+"""Causal attention over a cache that the op extends in place: rotary, scores, softmax, values.
 
 The rows of this call go to the cache slots that follow the used ones, and each sees every used slot
-and the rows up to itself. `seqlens_k` is used + T - 1 and `total` is used + T, as
-com.microsoft::GroupQueryAttention wants them. The rotary tables hold the angles of *these* rows, row
-r in row r: length and position are two things, and a table of absolute positions could not say so.
+and the rows up to itself. `seqlens_k` is used + T - 1 and `total` is used + T, as in
+com.microsoft::GroupQueryAttention. The rotary tables hold the angles of *these* rows, row r in row
+r: length and position are two things, and a table of absolute positions could not say so.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgevlm_export.ops.heads import from_heads, to_heads, unpack
 from edgevlm_export.ops.rotary import rotate
@@ -49,7 +48,7 @@ def _cached_attention(
     allowed = torch.ones(rows, end, dtype=torch.bool).tril(end - rows)
     if window:
         allowed = allowed.triu(end - rows - window + 1)
-    weights = F.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+    weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
     out = weights @ present_value[:, :, :end].repeat_interleave(groups, dim=1)
     return from_heads(out), present_key, present_value
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgevlm_export.ops.heads import from_heads, to_heads, unpack
 from edgevlm_export.ops.rotary import rotate
@@ -40,7 +39,7 @@ def _masked_attention(
     scores = query @ keys.mT * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    out = F.softmax(scores + mask, dim=-1) @ values
+    out = torch.softmax(scores + mask, dim=-1) @ values
     return from_heads(out), key.clone(), value.clone()
 
 

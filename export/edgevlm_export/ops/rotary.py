@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half layout: the first half of the rotated width turns with the second.
+"""Rotary position embedding in the half layout: feature i turns with feature i + R.
 
 The tables hold one row per row of x: [rows >= T, R], or [B, T, R] where a batch has positions of
 its own. A table narrower than half a head rotates the head's first 2R features only.

@@ -1,0 +1,24 @@
+"""What a graph takes and gives, as data: enough to capture it, to write it and to feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgevlm_runtime.manifest import TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphPlan:
+    """The flat inputs and outputs of one graph, in the order of its module's `forward`.
+
+    A dimension that is a name is dynamic; equal names are one dimension. `defaults` holds the value
+    of inputs that may stay unbound (`logit_rows`: [-1], the last row).
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    defaults: Mapping[str, np.ndarray] = field(default_factory=dict)
