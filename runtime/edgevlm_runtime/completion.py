@@ -1,0 +1,57 @@
+"""What a generation gives: its text and tokens, why it ended, and how long each part took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Milliseconds per part. `token_ms` has one entry per decode step, sampling included."""
+
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+    token_ms: tuple[float, ...]
+
+    @property
+    def first_token_ms(self) -> float:
+        """Time to the first token."""
+        return self.preprocess_ms + self.vision_ms + self.prefill_ms
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed, the first token left out; 0.0 where there was no second token."""
+        total = sum(self.token_ms)
+        return 1000.0 * len(self.token_ms) / total if total else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One answer.
+
+    `tokens` are the generated ids without the end-of-sequence token, whose place is told by
+    `finish_reason == "eos"`; `text` ends before a stop string. `context` means that the state is full.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamEvent:
+    """One step of a stream: the text that became certain, and the token that was drawn.
+
+    `text` may be empty while a character or a possible stop string is incomplete. The last event
+    has the `completion`; its `token` is None where the stream ended without drawing one.
+    """
+
+    text: str
+    token: int | None
+    elapsed_ms: float
+    completion: Completion | None = None

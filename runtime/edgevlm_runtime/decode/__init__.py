@@ -1,0 +1,1 @@
+"""Decoding: step graphs, their state, and the loop over them."""

@@ -1,0 +1,57 @@
+"""Engines: what runs a graph of a bundle.
+
+An engine is a loaded graph. Arrays are bound to it once, which gives a `Call`; every `run` of the
+call reads the bound inputs as they are then and writes the bound outputs in place. So the arrays
+that live from token to token (state, one row of embeddings, logits) are bound once and never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from numpy.typing import NDArray
+
+from edgevlm_runtime.errors import EngineError
+from edgevlm_runtime.manifest import GraphSpec
+
+if TYPE_CHECKING:
+    from edgevlm_runtime.bundle import Bundle
+
+Array = NDArray[Any]
+
+
+class Call(Protocol):
+    """A graph with its arrays bound."""
+
+    def run(self) -> Mapping[str, Array]:
+        """Run once and return the wanted outputs; bound ones are the arrays that were given."""
+        ...
+
+
+class Engine(Protocol):
+    """A loaded graph."""
+
+    @property
+    def graph(self) -> GraphSpec:
+        """What the manifest says about it."""
+        ...
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None]) -> Call:
+        """Bind arrays by graph names; `outputs` are those wanted, None where the engine allocates.
+
+        An input that has a default value in the graph may be left out.
+        """
+        ...
+
+
+def open_engine(bundle: Bundle, graph: GraphSpec) -> Engine:
+    """Load a graph with the engine that its manifest entry names, or raise `EngineError`."""
+    if graph.engine.kind == "ort":
+        from edgevlm_runtime.engines.ort import OrtEngine
+
+        return OrtEngine(bundle, graph)
+    raise EngineError(
+        f"graph {graph.name!r} wants engine {graph.engine.kind!r}, this runtime has 'ort'",
+        hint="upgrade edgevlm-runtime, or compile for a target that it runs",
+    )
