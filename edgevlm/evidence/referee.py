@@ -1,0 +1,141 @@
+"""The referee: the Hugging Face model of a checkpoint, in float32, which every rung answers to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgevlm.checkpoint import Checkpoint
+from edgevlm.evidence.witness import Question, Witness
+
+_Feeds = Sequence[Mapping[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seams:
+    """Where the parts of a Hugging Face class meet, and the form in which it takes pictures.
+
+    `projector` is the module whose input are the vision features and whose output are the visual
+    tokens; `in_order` says that its input has the rows in the order of our vision features.
+    """
+
+    projector: str
+    pictures: Callable[[_Feeds], dict[str, torch.Tensor]]
+    in_order: bool = True
+
+
+def _stacked(feeds: _Feeds) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.from_numpy(np.concatenate([feed["pixels"] for feed in feeds]))}
+
+
+def _tiles(feeds: _Feeds) -> dict[str, torch.Tensor]:
+    return {"pixel_values": _stacked(feeds)["pixel_values"][None]}
+
+
+def _native(feeds: _Feeds) -> dict[str, torch.Tensor]:
+    grids = torch.from_numpy(np.concatenate([feed["grid"] for feed in feeds]))
+    return {**_stacked(feeds), "image_grid_thw": grids}
+
+
+SEAMS: dict[str, Seams] = {
+    "llava": Seams(projector="model.multi_modal_projector", pictures=_stacked),
+    "idefics3": Seams(projector="model.connector", pictures=_tiles),
+    "smolvlm": Seams(projector="model.connector", pictures=_tiles),
+    # The window order of patches lasts from the first block to behind the merger.
+    "qwen2_5_vl": Seams(projector="model.visual.merger", pictures=_native, in_order=False),
+}
+
+
+class Referee:
+    """The Hugging Face model, answering questions greedily."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Load the checkpoint's class from transformers, converted to float32."""
+        self._seams = SEAMS[checkpoint.spec().family]
+        self.model: nn.Module = checkpoint.reference_model()
+        self._projector = self.model.get_submodule(self._seams.projector)
+
+    @torch.inference_mode()
+    def answer(self, question: Question, *, max_new_tokens: int) -> Witness:
+        """Answer greedily, noting vision features, visual tokens, and the logits of every token."""
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        handle = self._projector.register_forward_hook(
+            lambda _module, inputs, output: seen.append((inputs[0], output))
+        )
+        try:
+            output = self._generate(question, max_new_tokens)
+        finally:
+            handle.remove()
+        prompt_rows = question.prompt.token_ids.shape[0]
+        logits_RV = torch.cat(output.logits).float().numpy()
+        rows = [image for image in question.images for _ in image.feeds]
+        vision = _per_call([features for features, _ in seen], len(rows))
+        tokens = [count for image in question.images for count in image.layout.tokens]
+        visual = torch.cat([output.flatten(0, -2) for _, output in seen]) if seen else None
+        return Witness(
+            vision=vision if self._seams.in_order else (),
+            projector=()
+            if visual is None
+            else tuple(part.float().numpy() for part in visual.split(tokens)),
+            answer=tuple(output.sequences[0, prompt_rows:].tolist()),
+            logits=logits_RV,
+        )
+
+    @torch.inference_mode()
+    def tokens(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
+        """Answer questions of equal length and equal numbers of pictures in one batch.
+
+        Equal lengths need no padding, so every answer is the one that the question alone gets, up
+        to the rounding of batched products. Answers end with, and include, the end token.
+        """
+        inputs: dict[str, torch.Tensor] = {
+            "input_ids": torch.from_numpy(np.stack([q.prompt.token_ids for q in questions]))
+        }
+        feeds = [feed for question in questions for feed in question.feeds]
+        if feeds:
+            inputs |= self._seams.pictures(feeds)
+        sequences = self._run(inputs, max_new_tokens).sequences
+        start = inputs["input_ids"].shape[1]
+        ends = self._end_tokens()
+        return [_until(sequence[start:].tolist(), ends) for sequence in sequences]
+
+    def _generate(self, question: Question, max_new_tokens: int) -> Any:
+        inputs = {"input_ids": torch.from_numpy(question.prompt.token_ids)[None]}
+        if question.feeds:
+            inputs |= self._seams.pictures(question.feeds)
+        return self._run(inputs, max_new_tokens)
+
+    def _run(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> Any:
+        return self.model.generate(  # type: ignore[operator]
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+    def _end_tokens(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def _per_call(features: list[torch.Tensor], calls: int) -> tuple[NDArray[np.float32], ...]:
+    if not features:
+        return ()
+    stacked = torch.cat(features)
+    return tuple(part.float().flatten(0, -2).numpy() for part in stacked.chunk(calls))
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    """Cut behind the first end token."""
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: i + 1]
+    return tokens

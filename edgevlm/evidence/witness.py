@@ -1,0 +1,101 @@
+"""What one form of the model says about the samples: the thing that rungs compare.
+
+Every rung answers the same samples. Each component is fed what the rung's *parent* put out, not
+what the rung's own earlier components did, so that an error counts where it arises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edgevlm_runtime.image import ImageSource, ImageSpec, PreparedImage, load_image, prepare
+from edgevlm_runtime.text import EncodedPrompt, TextSpec, encode_prompt
+
+
+class Sample(Protocol):
+    """A sample of calibration or evaluation data (`edgevlm.scenes`, or a user's folder)."""
+
+    @property
+    def images(self) -> Sequence[ImageSource]: ...  # noqa: D102
+    @property
+    def messages(self) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
+    @property
+    def answers(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def task(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A sample after preprocessing: prepared pictures and an encoded prompt of T rows."""
+
+    images: tuple[PreparedImage, ...]
+    prompt: EncodedPrompt
+
+    @property
+    def feeds(self) -> list[Mapping[str, NDArray[np.float32] | NDArray[np.int64]]]:
+        """One entry per call of the vision graph, over all pictures."""
+        return [feed for image in self.images for feed in image.feeds]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Witness:
+    """One answer to one sample, with what was seen on the way.
+
+    `vision` and `projector` have one array per call of the vision graph: features [rows, width] and
+    visual tokens [tokens, W]. `answer` is greedy; `logits` [len(answer), V] are the rows that its
+    tokens were chosen from.
+    """
+
+    vision: tuple[NDArray[np.float32], ...]
+    projector: tuple[NDArray[np.float32], ...]
+    answer: tuple[int, ...]
+    logits: NDArray[np.float32]
+
+
+def ask(
+    sample: Sample, image_spec: ImageSpec, text_spec: TextSpec, tokenizer: Tokenizer
+) -> Question:
+    """Preprocess a sample exactly as the runtime does."""
+    images = tuple(prepare(load_image(image, image_spec), image_spec) for image in sample.images)
+    prompt = encode_prompt(
+        sample.messages, [image.layout for image in images], text_spec, tokenizer
+    )
+    return Question(images=images, prompt=prompt)
+
+
+def save(witnesses: Sequence[Witness]) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+    """Flatten witnesses to named arrays, for the stage cache."""
+    arrays: dict[str, NDArray[np.float32] | NDArray[np.int64]] = {}
+    for i, witness in enumerate(witnesses):
+        arrays[f"{i}.answer"] = np.array(witness.answer, np.int64)
+        arrays[f"{i}.logits"] = witness.logits
+        for part in ("vision", "projector"):
+            for j, array in enumerate(getattr(witness, part)):
+                arrays[f"{i}.{part}.{j}"] = array
+    return arrays
+
+
+def load(arrays: Mapping[str, NDArray[np.float32]]) -> list[Witness]:
+    """Rebuild what `save` flattened."""
+    count = 1 + max((int(name.split(".")[0]) for name in arrays), default=-1)
+
+    def parts(i: int, part: str) -> tuple[NDArray[np.float32], ...]:
+        number = sum(name.startswith(f"{i}.{part}.") for name in arrays)
+        return tuple(arrays[f"{i}.{part}.{j}"] for j in range(number))
+
+    return [
+        Witness(
+            vision=parts(i, "vision"),
+            projector=parts(i, "projector"),
+            answer=tuple(int(token) for token in arrays[f"{i}.answer"]),
+            logits=arrays[f"{i}.logits"],
+        )
+        for i in range(count)
+    ]
