@@ -1,4 +1,4 @@
-"""Publishing a folder: it is built beside its place and put there by one rename, whole or not at all.
+"""Publishing a folder: built beside its place, put there by one rename, whole or not at all.
 
 A second process that publishes to the same place fails at once and says who is at work. What a
 killed process left beside the place is removed by the next one, which holds the lock.

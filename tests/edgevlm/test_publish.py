@@ -33,9 +33,14 @@ def test_the_folder_appears_whole_and_is_replaced_whole(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     _publish(out, "one")
-    with pytest.raises(RuntimeError, match="halfway"), publishing(out) as staging:
-        (staging / "manifest.json").write_text("two")
-        raise RuntimeError("halfway")
+
+    def fail_halfway() -> None:
+        with publishing(out) as staging:
+            (staging / "manifest.json").write_text("two")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
     assert (out / "manifest.json").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
