@@ -1,0 +1,130 @@
+"""What a pass is: one step of a recipe that rewrites the model.
+
+A pass is its options: a frozen pydantic model whose class name in snake case is its key in the
+recipe. `foresee` says from the spec alone what the model will be after it; `check` refuses a model
+it does not apply to; `apply` rewrites the model in place and reports a `Change`. A pass that
+matches nothing is an error, since the user asked for it by name. `lossless` is a promise that
+`run_passes` verifies on a probe.
+
+Passes hold options and import their maths inside `apply`, so that reading a recipe needs no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from edgevlm.document import Options
+from edgevlm.errors import PassError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgevlm.device import Device
+    from edgevlm.evidence.witness import Sample
+    from edgevlm.model.spec import VlmSpec
+    from edgevlm.model.vlm import Vlm
+
+logger = logging.getLogger(__name__)
+
+# Folding in float32 reorders roundings: the same bound as between us and the reference model.
+LOSSLESS_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What a pass may look at besides the model.
+
+    `probe` runs the model on a sample and returns its logits; without one, the promise of a
+    lossless pass is not verified.
+    """
+
+    device: Device
+    samples: Sequence[Sample] = ()
+    seed: int = 0
+    probe: Callable[[Vlm], Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What one pass did.
+
+    `sites` were touched, `skipped` were looked at and left, each with the reason; `measures` are
+    numbers worth knowing (`visual_tokens`, `weight_mib`).
+    """
+
+    sites: tuple[str, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Foresight:
+    """What `plan` can say of a pass without weights: the spec after it, and what it will touch."""
+
+    spec: VlmSpec
+    effect: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """A pass, and the change it made."""
+
+    step: Pass
+    change: Change
+
+
+class Pass(Options, ABC):
+    """One rewrite of a model; the fields of a subclass are its options."""
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool] = False
+
+    @abstractmethod
+    def foresee(self, spec: VlmSpec) -> Foresight:
+        """Say what the model will be, or raise PassError where the spec alone shows it cannot."""
+
+    def check(self, model: Vlm, context: Context) -> None:
+        """Raise PassError if the pass does not apply. Must not modify the model."""
+
+    @abstractmethod
+    def apply(self, model: Vlm, context: Context) -> Change:
+        """Rewrite the model in place and report what changed."""
+
+
+def run_pass(step: Pass, model: Vlm, context: Context) -> Change:
+    """Run one pass; refuse one that matched nothing, or that broke its promise."""
+    step.check(model, context)
+    before = context.probe(model) if step.lossless and context.probe is not None else None
+    change = step.apply(model, context)
+    if not change.sites:
+        reasons = sorted(set(change.skipped.values()))
+        raise PassError(
+            "matched nothing" + (f" ({'; '.join(reasons)})" if reasons else ""),
+            name=step.name,
+            hint="remove the pass from the recipe",
+        )
+    if before is not None and context.probe is not None:
+        verify_lossless(step, before, context.probe(model))
+    logger.info("%s: %d sites, %d skipped", step.name, len(change.sites), len(change.skipped))
+    return change
+
+
+def run_passes(steps: Sequence[Pass], model: Vlm, context: Context) -> tuple[Applied, ...]:
+    """Run the passes in the recipe's order."""
+    return tuple(Applied(step=step, change=run_pass(step, model, context)) for step in steps)
+
+
+def verify_lossless(step: Pass, before: Tensor, after: Tensor) -> None:
+    """Raise PassError where a lossless pass moved the logits by more than rounding."""
+    allowed = LOSSLESS_TOLERANCE * max(1.0, float(before.std()))
+    error = float((after - before).abs().max())
+    # A NaN compares false with everything, and must not pass for small.
+    if not error <= allowed:
+        raise PassError(
+            f"promised the same logits, and moved one by {error:.2g}, allowed {allowed:.2g}",
+            name=step.name,
+        )

@@ -1,0 +1,277 @@
+"""A recipe: what to compile, for which device, and the steps between.
+
+The model is checked when the file is read, so that a typo costs a second and not an hour. Absent
+means that the device or the checkpoint decides; there is no `auto`, no `-1`, no environment
+variable and no interpolation. `Recipe.error` makes an error at the place of a key, for everything
+that is found out later.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import GenerateJsonSchema
+
+from edgevlm.document import Complaint, Document, Options, parse_text, read, show, suggest
+from edgevlm.errors import RecipeError
+from edgevlm.evidence.gates import DEFAULT_LIMITS
+from edgevlm.passes import PASSES, Pass
+
+__all__ = [
+    "CalibrationOptions",
+    "ContextOptions",
+    "EvidenceOptions",
+    "GateOptions",
+    "GenerationOptions",
+    "ImageOptions",
+    "Recipe",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ImageOptions(Options):
+    """How pictures are cut; absent: as the checkpoint's processor does."""
+
+    split: bool | None = Field(None, description="Split a large picture into tiles.")
+    grids: tuple[tuple[int, int], ...] | None = Field(
+        None,
+        min_length=1,
+        description="Patch grids (height, width) of a native-resolution encoder; one vision graph "
+        "is made for each.",
+    )
+
+
+class ContextOptions(Options):
+    """How much a session remembers."""
+
+    capacity: int | None = Field(
+        None, ge=16, description="Rows of prompt and answer together that the state has room for."
+    )
+
+
+class GenerationOptions(Options):
+    """Defaults of generation written into the bundle; absent: the checkpoint's."""
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+
+
+class GateOptions(Options):
+    """A limit in place of a default one; looser than the default needs a reason."""
+
+    limit: float = Field(ge=0)
+    reason: str | None = Field(
+        None, min_length=1, description="Why it may be looser; the manifest repeats it."
+    )
+
+
+class EvidenceOptions(Options):
+    """What is measured before a bundle is written, and what it must pass."""
+
+    samples: int = Field(16, ge=1, le=10_000, description="Samples that every rung answers.")
+    max_new_tokens: int = Field(32, ge=1, description="Greedy tokens per sample.")
+    gates: Mapping[str, GateOptions] = Field(
+        {},
+        description="Largest figure that passes, by gate; a failing gate fails the compile.",
+        json_schema_extra={"propertyNames": {"enum": sorted(DEFAULT_LIMITS)}},
+    )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """All gates, those of the recipe in place of the defaults."""
+        return {**DEFAULT_LIMITS, **{name: gate.limit for name, gate in self.gates.items()}}
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why a gate was changed, where the recipe says so."""
+        return {name: gate.reason for name, gate in self.gates.items() if gate.reason is not None}
+
+    @field_validator("gates")
+    @classmethod
+    def _loosening_has_a_reason(cls, gates: Mapping[str, GateOptions]) -> Mapping[str, GateOptions]:
+        for name, gate in gates.items():
+            if name not in DEFAULT_LIMITS:
+                hint = suggest(name, list(DEFAULT_LIMITS))
+                raise Complaint(f"unknown gate {name!r}", hint=hint, key=name)
+            usual = DEFAULT_LIMITS[name]
+            if gate.limit > usual and gate.reason is None:
+                raise Complaint(
+                    f"gate {name!r} is loosened from {usual:g} to {gate.limit:g} without a reason",
+                    hint="add 'reason', which the manifest repeats",
+                    key=name,
+                )
+        return gates
+
+
+class CalibrationOptions(Options):
+    """The samples that passes may look at; absent: the built-in picture world's."""
+
+    data: str | None = Field(
+        None, min_length=1, description="A folder with samples.jsonl, relative to the recipe."
+    )
+    samples: int = Field(64, ge=1, le=100_000)
+
+
+class _StepOptions(Options):
+    """A step as it is written: a mapping whose one key names the pass."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    key_noun: ClassVar[str] = "pass"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_one_key(cls, data: object) -> object:
+        if not isinstance(data, Mapping) or len(data) != 1:
+            raise Complaint(
+                f"a pass must be a mapping with one key, got {show(data)}",
+                hint=f"write '- {next(iter(PASSES))}: {{}}'",
+            )
+        return {name: {} if options is None else options for name, options in data.items()}
+
+
+def _unwrapped(step: BaseModel) -> Pass:
+    (name,) = step.model_fields_set
+    found: Pass = getattr(step, name)
+    return found
+
+
+def _wrapped(step: Pass) -> dict[str, Any]:
+    return {step.name: step.model_dump(mode="json")}
+
+
+if TYPE_CHECKING:
+    Step = Pass
+else:
+    # A model with one field per pass, so that places, suggestions and JSON Schema are pydantic's.
+    _step_fields = {name: (step, None) for name, step in PASSES.items()}
+    Step = Annotated[
+        create_model("Step", __base__=_StepOptions, **_step_fields),
+        AfterValidator(_unwrapped),
+        PlainSerializer(_wrapped),
+    ]
+
+
+class Recipe(Options):
+    """What to compile, for which device, and how; only `model` and `device` are needed."""
+
+    model: str = Field(
+        min_length=1,
+        description="A checkpoint: a folder, relative to this file, or a Hugging Face id.",
+    )
+    revision: str | None = Field(
+        None, min_length=1, description="Commit of a Hugging Face id; without one, the newest."
+    )
+    device: str = Field(min_length=1, description="The name of a file in devices/.")
+    targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Forms to compile; absent: all that the device runs."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="Type of weights and activations; absent: the device decides."
+    )
+    passes: tuple[Step, ...] = Field((), description="Rewrites of the model, in this order.")
+    image: ImageOptions = ImageOptions()
+    context: ContextOptions = ContextOptions()
+    generation: GenerationOptions = GenerationOptions()
+    evidence: EvidenceOptions = EvidenceOptions()
+    calibration: CalibrationOptions = CalibrationOptions()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    _document: Document = PrivateAttr()
+
+    @property
+    def path(self) -> Path:
+        """The file this recipe was read from."""
+        return self._document.path
+
+    @property
+    def name(self) -> str:
+        """The recipe's name: that of its file."""
+        return self.path.stem
+
+    @property
+    def source(self) -> str:
+        """The checkpoint: the path of a folder, or a Hugging Face id."""
+        folder = self.path.parent / self.model
+        return str(folder) if folder.exists() else self.model
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the checkpoint is a folder."""
+        return (self.path.parent / self.model).exists()
+
+    def asks(self, *keys: str) -> bool:
+        """Whether the file says something under these keys."""
+        return keys in self._document.keys
+
+    def error(self, message: str, *keys: str | int, hint: str | None = None) -> RecipeError:
+        """An error at the place of these keys."""
+        return self._document.error(message, *keys, hint=hint)
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read a recipe; the checkpoint folder it names must be there."""
+    return _recipe(read(Path(path)))
+
+
+def parse_recipe(text: str, path: Path | str = "recipe.yaml") -> Recipe:
+    """Read a recipe from text, as if it stood in the file at `path`."""
+    return _recipe(parse_text(text, Path(path)))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors (`recipes/recipe.schema.json`)."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
+
+
+def _recipe(document: Document) -> Recipe:
+    recipe = document.parse(Recipe)
+    object.__setattr__(recipe, "_document", document)
+    _check_model(recipe)
+    return recipe
+
+
+def _check_model(recipe: Recipe) -> None:
+    folder = recipe.path.parent / recipe.model
+    if folder.is_dir():
+        if recipe.revision is not None:
+            raise recipe.error(
+                "revision is for a Hugging Face id, and model is a folder",
+                "revision",
+                hint="remove revision",
+            )
+        return
+    parent = recipe.model.split("/")[0]
+    looks_local = parent in (".", "..", "", "~") or (recipe.path.parent / parent).is_dir()
+    if folder.exists() or looks_local or not _HUB_ID.fullmatch(recipe.model):
+        hint = (
+            "give a folder relative to the recipe, or a Hugging Face id such as "
+            "'HuggingFaceTB/SmolVLM-256M-Instruct'"
+        )
+        if folder.parent.is_dir():
+            folders = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+            for near in difflib.get_close_matches(folder.name, folders, n=1):
+                hint = f"did you mean {str(Path(recipe.model).parent / near)!r}?"
+        raise recipe.error(f"no checkpoint folder {str(folder)!r}", "model", hint=hint)
