@@ -11,18 +11,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FixedGeometry:
     """Every picture becomes one tensor of one size (CLIP, SigLIP).
 
-    `shortest_edge` resizes so that the shorter side has that length, `size` (height, width) resizes
-    to exactly that; at most one of the two is given. `crop` (height, width) then cuts the centre,
-    padding with black where the picture is smaller.
+    `pad_colour` first pads to a square around the centre. `shortest_edge` resizes so that the
+    shorter side has that length, `size` (height, width) resizes to exactly that; at most one of the
+    two is given. `crop` (height, width) then cuts the centre, padding with black where the picture
+    is smaller; it may be left out where `size` says the size of the tensor.
     """
 
     kind: ClassVar[str] = "fixed"
 
+    pad_colour: tuple[int, int, int] | None = None
     shortest_edge: int | None = None
     size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
@@ -124,7 +125,7 @@ class ImageSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ImageSpec:
-        """Read the manifest's `image`; an unknown key, a wrong type or a wrong value is an error."""
+        """Read the manifest's `image`; what is unknown, missing or wrong is a `BundleError`."""
         raise NotImplementedError
 
 
