@@ -40,7 +40,7 @@ class AttentionSpec:
     """Softmax attention; several query heads may share a key-value head.
 
     `q_norm` and `k_norm` work on each head alone. `window` is how many rows a row sees, itself
-    counted. `softcap` bounds the scores as `softcap * tanh(score / softcap)`.
+    counted.
     """
 
     num_heads: int
@@ -51,7 +51,6 @@ class AttentionSpec:
     out_bias: bool
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
-    softcap: float | None = None
     window: int | None = None
 
     @property
@@ -107,43 +106,48 @@ class DecoderSpec:
 class VisionSpec:
     """The encoder of pixels.
 
-    `grids` are the patch grids it is built for: one for a fixed image size; for `native` resolution
-    one per vision graph. `position` is `learned` (a table of one row per patch, and per class
-    token) or `rotary` (2-D, inside attention). `feature_layers` index the hidden states (0 is the
-    embedding, -1 the last layer) whose concatenation leaves the encoder, `norm` acts on the last.
-    `num_skipped` leading rows (the class token) are dropped from it. `pixels` is the layout of one
-    picture: `image` [C, H, W], or `patches` [rows, C * temporal * patch * patch].
+    `grids` are the patch grids it is built for: one for a fixed image size, one per vision graph
+    for native resolution. `pixels` is the layout of one picture: `image` [C, H, W], or `patches`
+    [rows, C * temporal * patch * patch], in squares of `merge` x `merge` patches. `position` is
+    `learned` (one row per patch, and one for the class token) or `rotary` (2-D, in attention, with
+    base `rotary_theta`). `window` is the side of a window in patches. `feature_layers` index the
+    hidden states (0 is the embedding, i the output of layer i) whose concatenation leaves the
+    encoder; `norm` acts on the last one. `drop_class_token` leaves that row out.
     """
 
-    kind: str
     width: int
     num_channels: int
     patch_size: int
     grids: tuple[tuple[int, int], ...]
     layers: tuple[LayerSpec, ...]
     position: str
-    position_rows: tuple[int, ...]
-    patch_bias: bool
-    class_token: bool
-    pre_norm: NormSpec | None
-    norm: NormSpec | None
     feature_layers: tuple[int, ...]
-    num_skipped: int
     pixels: str = "image"
+    patch_bias: bool = False
+    class_token: bool = False
+    drop_class_token: bool = False
+    pre_norm: NormSpec | None = None
+    norm: NormSpec | None = None
     temporal_patch_size: int = 1
     merge: int = 1
     window: int = 0
+    rotary_theta: float = 10000.0
 
     @property
     def out_width(self) -> int:
         """Width of what leaves the encoder."""
         return self.width * len(self.feature_layers)
 
+    @property
+    def patch_width(self) -> int:
+        """Numbers of one patch that comes flattened."""
+        return self.num_channels * self.temporal_patch_size * self.patch_size**2
+
     def pixels_shape(self, grid: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the pixels of one picture (or tile) of that grid, without the batch axis."""
         height, width = grid
         if self.pixels == "patches":
-            return height * width, self.num_channels * self.temporal_patch_size * self.patch_size**2
+            return height * width, self.patch_width
         return self.num_channels, height * self.patch_size, width * self.patch_size
 
 
@@ -152,15 +156,16 @@ class ProjectorSpec:
     """The map from vision features to rows of the decoder.
 
     `kind` is `mlp` (up, act, down), `pixel_shuffle` (squares of `merge` x `merge` patches become a
-    row, then one linear map) or `patch_merger` (norm, squares become one row, up, act, down).
+    row, then one linear map) or `patch_merger` (norm, squares become a row, up, act, down).
+    `in_width` is the width of a patch; `pixel_shuffle` has no hidden width and no activation.
     """
 
     kind: str
     in_width: int
-    hidden_width: int
     out_width: int
-    activation: str | None
     bias: bool
+    hidden_width: int = 0
+    activation: str = ""
     merge: int = 1
     norm: NormSpec | None = None
 
@@ -169,7 +174,8 @@ class ProjectorSpec:
 class VlmSpec:
     """The whole model, and what the runtime must know to feed it.
 
-    `image` and `text` are the manifest's image and text sections.
+    `image` and `text` are the manifest's image and text sections. `notes` say, one clause each,
+    what the checkpoint asks for that a bundle does not do.
     """
 
     family: str
@@ -180,9 +186,10 @@ class VlmSpec:
     image: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
     generation: GenerationSpec = field(default_factory=lambda: GenerationSpec(eos_token_ids=()))
+    notes: tuple[str, ...] = ()
 
     def image_tokens(self, grid: tuple[int, int]) -> int:
         """Rows of the decoder that one picture (or tile) of that grid becomes."""
         height, width = grid
-        extra = 1 if self.vision.class_token and not self.vision.num_skipped else 0
+        extra = 1 if self.vision.class_token and not self.vision.drop_class_token else 0
         return height * width // self.projector.merge**2 + extra

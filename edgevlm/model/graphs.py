@@ -1,0 +1,168 @@
+"""The graphs that a model becomes, as modules: flat tensors in, flat tensors out.
+
+Each module's inputs and outputs are those of its plan (`edgevlm.model.plans`), in that order, so
+that capture and evidence run the same thing. Sites are the module paths of the model, which hangs
+in the wrapper by its parts: `vision`, `projector`, `decoder`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgevlm.model.attention import DeltaCache, InplaceCache
+from edgevlm.model.plans import delta_plan, inplace_plan, num_logit_rows, vision_plan
+from edgevlm.model.rope import rope_tables
+from edgevlm.model.vision import GridTables, grid_tables
+from edgevlm.model.vlm import Vlm
+from edgevlm_export.plan import GraphPlan
+
+# Closed columns of an additive mask: -inf would make a fully closed padding row NaN.
+MASK_VALUE = -60000.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelGraph:
+    """A module to capture, what goes in and out of it, and inputs it runs with."""
+
+    module: nn.Module
+    plan: GraphPlan
+    examples: tuple[Tensor, ...]
+
+
+class VisionGraph(nn.Module):
+    """Pixels of one grid to rows of the decoder."""
+
+    def __init__(self, model: Vlm, grid: tuple[int, int]) -> None:
+        """Share the model's parts, and hold the tables of the grid as constants."""
+        super().__init__()
+        self.vision = model.vision
+        self.projector = model.projector
+        self.grid = grid
+        tables = grid_tables(model.spec.vision, grid)
+        self.windows = None if tables is None else tables.windows
+        for name in ("order", "inverse", "cos", "sin"):
+            value = None if tables is None else getattr(tables, name)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels [N, ...] to image_embeds [N, tokens, W]."""
+        tables = None
+        if self.windows is not None:
+            buffers = {name: self.get_buffer(name) for name in ("order", "inverse", "cos", "sin")}
+            tables = GridTables(windows=self.windows, **buffers)
+        rows: Tensor = self.projector(self.vision(pixels, tables), self.grid)
+        return rows
+
+
+class InplaceStep(nn.Module):
+    """The decoder over a cache that it extends."""
+
+    def __init__(self, model: Vlm) -> None:
+        """Share the model's decoder."""
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        logit_rows: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Map this call's rows to logits of the rows wanted, and the extended cache."""
+        caches = [
+            InplaceCache(key, value, seqlens_k, total_sequence_length, rope_cos, rope_sin)
+            for key, value in zip(past[::2], past[1::2], strict=True)
+        ]
+        logits = self.decoder(inputs_embeds, caches, logit_rows)
+        return (logits, *(part for cache in caches for part in (cache.key, cache.value)))
+
+
+class DeltaStep(nn.Module):
+    """The decoder over a cache that the host extends."""
+
+    def __init__(self, model: Vlm) -> None:
+        """Share the model's decoder."""
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        attn_mask: Tensor,
+        logit_rows: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Map this call's rows to logits of the rows wanted, and their keys and values."""
+        caches = [
+            DeltaCache(key, value, attn_mask, rope_cos, rope_sin)
+            for key, value in zip(past[::2], past[1::2], strict=True)
+        ]
+        logits = self.decoder(inputs_embeds, caches, logit_rows)
+        return (logits, *(part for cache in caches for part in (cache.key, cache.value)))
+
+
+def vision_graph(model: Vlm, grid: tuple[int, int] | None = None) -> ModelGraph:
+    """The vision graph of a grid, of the only one where none is named."""
+    grid = model.spec.vision.grids[0] if grid is None else grid
+    plan = vision_plan(model.spec, grid)
+    # Two pictures where the number is free: torch.export takes a 1 for a constant.
+    shape = [2 if isinstance(size, str) else size for size in plan.inputs[0].shape]
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return ModelGraph(module=VisionGraph(model, grid).eval(), plan=plan, examples=(pixels,))
+
+
+def inplace_step(model: Vlm, capacity: int) -> ModelGraph:
+    """The step graph that extends its cache, any number of rows a call."""
+    plan = inplace_plan(model.spec, capacity)
+    rows, used = 5, 2
+    embeds, cos, sin, past = _step_examples(model, plan, rows, used)
+    pad = (0, 0, 0, capacity - rows)
+    examples = (
+        embeds,
+        nn.functional.pad(cos, pad),
+        nn.functional.pad(sin, pad),
+        torch.tensor([used + rows - 1], dtype=torch.int32),
+        torch.tensor(used + rows, dtype=torch.int32),
+        torch.tensor([rows - 2, rows - 1]),
+        *past,
+    )
+    return ModelGraph(module=InplaceStep(model).eval(), plan=plan, examples=examples)
+
+
+def delta_step(model: Vlm, capacity: int, num_rows: int) -> ModelGraph:
+    """The step graph of a fixed number of rows, whose cache the host extends."""
+    plan = delta_plan(model.spec, capacity, num_rows)
+    used = min(2, capacity)
+    embeds, cos, sin, past = _step_examples(model, plan, num_rows, used)
+    mask = torch.full((num_rows, capacity + num_rows), MASK_VALUE)
+    mask[:, :used] = 0.0
+    mask[:, capacity:] = torch.full((num_rows, num_rows), MASK_VALUE).triu(1)
+    wanted = torch.arange(num_rows)[-num_logit_rows(num_rows) :]
+    examples = (embeds, cos, sin, mask[None, None], wanted, *past)
+    return ModelGraph(module=DeltaStep(model).eval(), plan=plan, examples=examples)
+
+
+def _step_examples(
+    model: Vlm, plan: GraphPlan, rows: int, used: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Seeded rows, their rotary tables, and a cache with `used` slots filled."""
+    generator = torch.Generator().manual_seed(0)
+    rope = model.spec.decoder.rope
+    embeds = torch.randn(1, rows, model.spec.decoder.width, generator=generator)
+    cos, sin = rope_tables(rope, torch.arange(used, used + rows))
+    past = []
+    for tensor in plan.inputs:
+        if tensor.source.startswith("state:"):
+            buffer = torch.zeros([int(size) for size in tensor.shape])
+            buffer[:, :, :used] = torch.randn(buffer[:, :, :used].shape, generator=generator)
+            past.append(buffer)
+    return embeds, cos, sin, past

@@ -1,0 +1,147 @@
+"""The graphs that a model becomes, as data: inputs, outputs and state, from the spec alone.
+
+Two forms of the step graph, one sequence length each. `inplace`: any number of rows, the graph
+extends the cache it reads. `delta`: a fixed number of rows, what may be seen is an additive mask,
+and the graph returns the new rows for the host to commit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgevlm.errors import ModelError
+from edgevlm.model.spec import VlmSpec
+from edgevlm_export.plan import GraphPlan
+from edgevlm_runtime.manifest import StateGroup, StateTensor, TensorSpec
+
+GROUP = "main"
+# A verify call wants logits of all its rows; a longer call is a piece of a prompt.
+MAX_VERIFY_ROWS = 8
+
+
+def vision_plan(spec: VlmSpec, grid: tuple[int, int]) -> GraphPlan:
+    """Pixels of N pictures (or tiles) of a grid to their rows; N is 1 where positions rotate."""
+    vision = spec.vision
+    name = "vision" if len(vision.grids) == 1 else "vision_{}x{}".format(*grid)
+    batch: int | str = "N" if vision.position == "learned" else 1
+    pixels = TensorSpec(
+        name="pixels",
+        dtype="float32",
+        shape=(batch, *vision.pixels_shape(grid)),
+        source="pixels",
+    )
+    rows = TensorSpec(
+        name="image_embeds",
+        dtype="float32",
+        shape=(batch, spec.image_tokens(grid), spec.decoder.width),
+    )
+    return GraphPlan(name=name, inputs=(pixels,), outputs=(rows,))
+
+
+def inplace_plan(spec: VlmSpec, capacity: int) -> GraphPlan:
+    """The step that extends its cache: T rows of this call, after the used slots."""
+    decoder = spec.decoder
+    rope = (capacity, len(decoder.rope.inv_freq))
+    inputs = (
+        _float("inputs_embeds", (1, "T", decoder.width), "embeds"),
+        _float("rope_cos", rope, "rope_cos"),
+        _float("rope_sin", rope, "rope_sin"),
+        TensorSpec(name="seqlens_k", dtype="int32", shape=(1,), source=f"last_slot:{GROUP}"),
+        TensorSpec(name="total_sequence_length", dtype="int32", shape=(), source=f"total:{GROUP}"),
+        TensorSpec(name="logit_rows", dtype="int64", shape=("R",), source="logit_rows"),
+    )
+    state = inplace_state(spec, capacity).tensors
+    return GraphPlan(
+        name="step",
+        inputs=(*inputs, *(_state_input(tensor) for tensor in state)),
+        outputs=(
+            _float("logits", (1, "R", decoder.vocab_size)),
+            *(_float(tensor.output, tensor.shape) for tensor in state),
+        ),
+        defaults={"logit_rows": np.array([-1], dtype=np.int64)},
+    )
+
+
+def delta_plan(spec: VlmSpec, capacity: int, num_rows: int) -> GraphPlan:
+    """The step of `num_rows` rows that returns the new rows of its cache."""
+    decoder = spec.decoder
+    narrow = [
+        index
+        for index, layer in enumerate(decoder.layers)
+        if layer.attention.window is not None and layer.attention.window < capacity
+    ]
+    if narrow:
+        window = decoder.layers[narrow[0]].attention.window
+        raise ModelError(
+            f"decoder.layers.{narrow[0]} sees a window of {window} rows, and the static form has "
+            f"one mask over all {capacity} slots",
+            hint=f"lower the context to at most {window} tokens, or choose a target with windows",
+        )
+    rope = (num_rows, len(decoder.rope.inv_freq))
+    inputs = (
+        _float("inputs_embeds", (1, num_rows, decoder.width), "embeds"),
+        _float("rope_cos", rope, "rope_cos"),
+        _float("rope_sin", rope, "rope_sin"),
+        _float("attn_mask", (1, 1, num_rows, capacity + num_rows), f"mask:{GROUP}"),
+        TensorSpec(
+            name="logit_rows",
+            dtype="int64",
+            shape=(num_logit_rows(num_rows),),
+            source="logit_rows",
+        ),
+    )
+    state = delta_state(spec, capacity).tensors
+    news = (
+        _float(tensor.output, (*tensor.shape[:2], num_rows, tensor.shape[3])) for tensor in state
+    )
+    return GraphPlan(
+        name=f"step_{num_rows}",
+        inputs=(*inputs, *(_state_input(tensor) for tensor in state)),
+        outputs=(_float("logits", (1, num_logit_rows(num_rows), decoder.vocab_size)), *news),
+    )
+
+
+def num_logit_rows(num_rows: int) -> int:
+    """Rows of logits of a static step: all of a verify call, the last of a piece of a prompt."""
+    return num_rows if num_rows <= MAX_VERIFY_ROWS else 1
+
+
+def inplace_state(spec: VlmSpec, capacity: int) -> StateGroup:
+    """The cache of the `inplace` form, named as onnxruntime-genai names it."""
+    return _state(spec, capacity, "kv_inplace", "past_key_values.{}.{}", "present.{}.{}")
+
+
+def delta_state(spec: VlmSpec, capacity: int) -> StateGroup:
+    """The cache of the `delta` form."""
+    return _state(spec, capacity, "kv_delta", "past_{1}.{0}", "new_{1}.{0}")
+
+
+def _state(spec: VlmSpec, capacity: int, kind: str, name: str, output: str) -> StateGroup:
+    """Keys and values of every layer."""
+    return StateGroup(
+        name=GROUP,
+        capacity=capacity,
+        tensors=tuple(
+            StateTensor(
+                name=f"{part}.{index}",
+                kind=kind,
+                input=name.format(index, part),
+                output=output.format(index, part),
+                dtype="float32",
+                shape=(1, layer.attention.num_kv_heads, capacity, layer.attention.head_dim),
+                layer=index,
+            )
+            for index, layer in enumerate(spec.decoder.layers)
+            for part in ("key", "value")
+        ),
+    )
+
+
+def _state_input(tensor: StateTensor) -> TensorSpec:
+    """The graph input that a state tensor feeds."""
+    return _float(tensor.input, tensor.shape, f"state:{tensor.name}")
+
+
+def _float(name: str, shape: tuple[int | str, ...], source: str = "") -> TensorSpec:
+    """A float32 input or output."""
+    return TensorSpec(name=name, dtype="float32", shape=shape, source=source)

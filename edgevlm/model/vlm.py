@@ -1,0 +1,147 @@
+"""The vision-language model: vision, projector, embedding and decoder, built from a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from edgevlm.model.attention import DeltaCache, FullCache, KeySource
+from edgevlm.model.layers import GatedMlp, Layer
+from edgevlm.model.norms import build_norm
+from edgevlm.model.projector import build_projector
+from edgevlm.model.rope import rope_tables
+from edgevlm.model.spec import AttentionSpec, DecoderSpec, VlmSpec
+from edgevlm.model.vision import Vision, grid_tables
+
+
+class Decoder(nn.Module):
+    """Layers, norm and head."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        """Build the layers as their specs say."""
+        super().__init__()
+        self.spec = spec
+        self.layers = nn.ModuleList(Layer(spec.width, layer) for layer in spec.layers)
+        self.norm = build_norm(spec.width, spec.norm)
+        self.head = nn.Linear(spec.width, spec.vocab_size, bias=False)
+
+    def forward(
+        self, x: Tensor, keys: Sequence[KeySource], logit_rows: Tensor | None = None
+    ) -> Tensor:
+        """Map rows [1, T, W] to logits [1, T, V], or [1, R, V] of the rows wanted.
+
+        `keys` has one source per layer.
+        """
+        for layer, source in zip(self.layers, keys, strict=True):
+            x = layer(x, source)
+        if logit_rows is not None:
+            x = x.index_select(1, logit_rows)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Vlm(nn.Module):
+    """The whole model; `vision`, `projector`, `embedding` and `decoder` are the roots of sites."""
+
+    def __init__(self, spec: VlmSpec) -> None:
+        """Build the module, on whatever device is the default; a tied head is the embedding."""
+        super().__init__()
+        self.spec = spec
+        self.vision = Vision(spec.vision)
+        self.projector = build_projector(spec.projector)
+        self.embedding = nn.Embedding(spec.decoder.vocab_size, spec.decoder.width)
+        self.decoder = Decoder(spec.decoder)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's, where the spec says so."""
+        if self.spec.decoder.tied:
+            self.decoder.head.weight = self.embedding.weight
+
+    def encode(self, pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Map pixels [N, ...] of pictures (or tiles) of one grid to image rows [N, tokens, W]."""
+        grid = self.spec.vision.grids[0] if grid is None else grid
+        features = self.vision(pixels, grid_tables(self.spec.vision, grid))
+        rows: Tensor = self.projector(features, grid)
+        return rows
+
+    def embed(self, token_ids: Tensor, image_rows: Tensor | None = None) -> Tensor:
+        """Rows [1, T, W] of a prompt [T]: image rows [M, W] stand where the image token is."""
+        rows: Tensor = self.embedding(token_ids)
+        if image_rows is not None:
+            rows = rows.clone()
+            rows[token_ids == self.spec.image_token_id] = image_rows
+        return rows[None]
+
+    def forward(self, rows: Tensor, positions: Tensor, logit_rows: Tensor | None = None) -> Tensor:
+        """Logits of a whole sequence of rows [1, T, W] at positions [T] or [3, T]."""
+        cos, sin = rope_tables(self.spec.decoder.rope, positions)
+        keys = [FullCache(cos, sin) for _ in self.decoder.layers]
+        logits: Tensor = self.decoder(rows, keys, logit_rows)
+        return logits
+
+    @torch.no_grad()
+    def greedy(self, rows: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Continue a prompt of rows [1, T, W]: an endless stream of (token, its logits [V]).
+
+        Positions are [T] or [3, T]; a new token stands one after the largest of them.
+        """
+        layers = self.spec.decoder.layers
+        past = [_no_rows(layer.attention) for layer in layers]
+        next_position = int(positions.max()) + 1
+        while True:
+            cos, sin = rope_tables(self.spec.decoder.rope, positions)
+            used, new = past[0][0].shape[2], rows.shape[1]
+            keys = []
+            for layer, (key, value) in zip(layers, past, strict=True):
+                mask = _continuation_mask(used, new, layer.attention.window)
+                keys.append(DeltaCache(key, value, mask, cos, sin))
+            logits = self.decoder(rows, keys, torch.tensor([new - 1]))[0, 0]
+            past = [
+                (torch.cat([old_key, source.key], 2), torch.cat([old_value, source.value], 2))
+                for (old_key, old_value), source in zip(past, keys, strict=True)
+            ]
+            token = int(logits.argmax())
+            yield token, logits
+            rows = self.embedding(torch.tensor([[token]]))
+            positions = torch.full((*positions.shape[:-1], 1), next_position)
+            next_position += 1
+
+    def norm_consumers(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Each norm whose output only linear maps read, with those maps: (site, sites).
+
+        Left out are norms that something else reads too: a norm before a vision feature, one whose
+        rows are gathered into squares, and the decoder's last where its head is the embedding.
+        """
+        found: list[tuple[str, tuple[str, ...]]] = []
+        for part, layers in (("vision", self.vision.layers), ("decoder", self.decoder.layers)):
+            for index, layer in enumerate(layers):
+                assert isinstance(layer, Layer)
+                site = f"{part}.layers.{index}"
+                names = ("gate", "up") if isinstance(layer.mlp, GatedMlp) else ("up",)
+                found.append((f"{site}.norm1", (f"{site}.attention.qkv",)))
+                found.append((f"{site}.norm2", tuple(f"{site}.mlp.{name}" for name in names)))
+        if not self.spec.decoder.tied:
+            found.append(("decoder.norm", ("decoder.head",)))
+        return found
+
+
+def build(spec: VlmSpec) -> Vlm:
+    """The module of a spec, its weights as torch makes them."""
+    return Vlm(spec).eval()
+
+
+def _no_rows(spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Keys and values of no rows."""
+    shape = (1, spec.num_kv_heads, 0, spec.head_dim)
+    return torch.zeros(shape), torch.zeros(shape)
+
+
+def _continuation_mask(used: int, new: int, window: int | None) -> Tensor:
+    """Additive mask [1, 1, new, used + new]: causal, within the window where there is one."""
+    allowed = torch.ones(new, used + new, dtype=torch.bool).tril(used)
+    if window is not None:
+        allowed = allowed.triu(used - window + 1)
+    return torch.zeros(new, used + new).masked_fill(~allowed, -torch.inf)[None, None]
