@@ -8,11 +8,25 @@ r: length and position are two things, and a table of absolute positions could n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from edgevlm_export.ops.heads import from_heads, to_heads, unpack
-from edgevlm_export.ops.rotary import rotate
+from edgevlm_export.emit import Emitter
+from edgevlm_export.ops.heads import (
+    from_heads,
+    numpy_from_heads,
+    numpy_softmax,
+    numpy_to_heads,
+    numpy_unpack,
+    to_heads,
+    unpack,
+)
+from edgevlm_export.ops.op import MICROSOFT, Op, attribute
+from edgevlm_export.ops.rotary import numpy_rotate, rotate
 
 
 @torch.library.custom_op("edgevlm::cached_attention", mutates_args=())
@@ -100,3 +114,87 @@ def cached_attention(
         num_heads, num_kv_heads, scale, softcap, window,
     )  # fmt: skip
     return out
+
+
+def numpy_cached_attention(
+    q: np.ndarray,
+    k: np.ndarray | None,
+    v: np.ndarray | None,
+    past_key: np.ndarray,
+    past_value: np.ndarray,
+    seqlens_k: np.ndarray,
+    total: np.ndarray,
+    cos: np.ndarray | None,
+    sin: np.ndarray | None,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Attend row by row and head by head, as the definition says."""
+    q, k, v = numpy_unpack(q, k, v, num_heads, num_kv_heads)
+    query, key = numpy_to_heads(q, num_heads), numpy_to_heads(k, num_kv_heads)
+    if cos is not None and sin is not None:
+        query, key = numpy_rotate(query, cos, sin), numpy_rotate(key, cos, sin)
+    rows, end = q.shape[1], int(seqlens_k[0]) + 1
+    present_key, present_value = past_key.copy(), past_value.copy()
+    present_key[:, :, end - rows : end] = key
+    present_value[:, :, end - rows : end] = numpy_to_heads(v, num_kv_heads)
+
+    out = np.zeros_like(query)
+    for head in range(num_heads):
+        source = head // (num_heads // num_kv_heads)
+        for row in range(rows):
+            last = end - rows + row + 1
+            seen = slice(max(0, last - window) if window else 0, last)
+            scores = present_key[0, source, seen] @ query[0, head, row] * scale
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
+            out[0, head, row] = numpy_softmax(scores) @ present_value[0, source, seen]
+    return numpy_from_heads(out), present_key, present_value
+
+
+def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
+    q, k, v, past_key, past_value, seqlens_k, total, cos, sin = (*node.inputs, None, None)[:9]
+    assert q is not None
+    rotary = cos is not None
+    return emit.node(
+        "GroupQueryAttention",
+        [
+            q,
+            k,
+            v,
+            past_key,
+            past_value,
+            seqlens_k,
+            total,
+            cos,
+            sin,
+            emit.shared("row_numbers", lambda emit: _row_numbers(emit, q)) if rotary else None,
+        ],
+        domain=MICROSOFT,
+        num_outputs=3,
+        num_heads=attribute(node, "num_heads"),
+        kv_num_heads=attribute(node, "num_kv_heads"),
+        scale=attribute(node, "scale"),
+        softcap=attribute(node, "softcap"),
+        local_window_size=attribute(node, "window") or -1,
+        do_rotary=int(rotary),
+        rotary_interleaved=0,
+    )
+
+
+def _row_numbers(emit: Emitter, rows: ir.Value) -> ir.Value:
+    """[[0, 1, ... T-1]] for rows [1, T, ...]: which rows of the rotary tables to use."""
+    count = emit.one("Squeeze", emit.one("Shape", rows, start=1, end=2))
+    zero, one = (emit.constant(np.array(x, dtype=np.int64)) for x in (0, 1))
+    return emit.one("Unsqueeze", emit.one("Range", zero, count, one), emit.ints(0))
+
+
+OP = Op(
+    name="cached_attention",
+    overload=torch.ops.edgevlm.cached_attention.default,
+    numpy=numpy_cached_attention,
+    lowerings={"contrib": _contrib},
+)

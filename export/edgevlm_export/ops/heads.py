@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from edgevlm_export.emit import Emitter
 
 Array = np.ndarray  # any float dtype
 
@@ -34,20 +34,22 @@ def unpack(
     if k is not None and v is not None:
         return q, k, v
     size = q.shape[-1] // (num_heads + 2 * num_kv_heads)
-    q, k, v = q.split([num_heads * size, num_kv_heads * size, num_kv_heads * size], dim=-1)
+    q, k, v = torch.split(q, [num_heads * size, num_kv_heads * size, num_kv_heads * size], dim=-1)
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
 def numpy_to_heads(x: Array, num_heads: int) -> Array:
     """[B, T, H*D] -> [B, H, T, D]."""
     batch, rows, width = x.shape
-    return x.reshape(batch, rows, num_heads, width // num_heads).transpose(0, 2, 1, 3)
+    heads: Array = x.reshape(batch, rows, num_heads, width // num_heads).transpose(0, 2, 1, 3)
+    return heads
 
 
 def numpy_from_heads(x: Array) -> Array:
     """[B, H, T, D] -> [B, T, H*D]."""
     batch, num_heads, rows, size = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(batch, rows, num_heads * size)
+    joined: Array = x.transpose(0, 2, 1, 3).reshape(batch, rows, num_heads * size)
+    return joined
 
 
 def numpy_unpack(
@@ -67,3 +69,16 @@ def numpy_softmax(scores: Array) -> Array:
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     total: Array = weights / weights.sum(axis=-1, keepdims=True)
     return total
+
+
+def split_packed(
+    emit: Emitter, packed: ir.Value, num_heads: int, num_kv_heads: int
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Emit the split of rows q|k|v."""
+    assert packed.shape is not None
+    width = packed.shape[-1]
+    assert isinstance(width, int)
+    size = width // (num_heads + 2 * num_kv_heads)
+    sizes = emit.ints(num_heads * size, num_kv_heads * size, num_kv_heads * size)
+    q, k, v = emit.node("Split", [packed, sizes], part="packed", num_outputs=3, axis=-1)
+    return q, k, v

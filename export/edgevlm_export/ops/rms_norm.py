@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
+
+from edgevlm_export.emit import Emitter
+from edgevlm_export.ops.op import Op, attribute
 
 
 @torch.library.custom_op("edgevlm::rms_norm", mutates_args=())
@@ -22,3 +29,54 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     """Normalise the last axis; `unit_offset` scales by weight + 1 (Gemma)."""
     out: Tensor = _rms_norm(x, weight, eps, unit_offset)
     return out
+
+
+def numpy_rms_norm(
+    x: np.ndarray, weight: np.ndarray, eps: float, unit_offset: bool = False
+) -> np.ndarray:
+    """Normalise the last axis."""
+    rms = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
+    out: np.ndarray = x / rms * (weight + 1 if unit_offset else weight)
+    return out
+
+
+def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
+    x = node.inputs[0]
+    return [
+        emit.one(
+            "SimplifiedLayerNormalization",
+            x,
+            _scale(emit, node),
+            axis=-1,
+            epsilon=attribute(node, "eps"),
+            stash_type=1,
+        )
+    ]
+
+
+def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
+    x = node.inputs[0]
+    assert x is not None
+    square = emit.one("Mul", x, x, part="square")
+    mean = emit.one("ReduceMean", square, emit.ints(-1), part="mean", keepdims=1)
+    rms = emit.one("Sqrt", emit.one("Add", mean, emit.scalar(attribute(node, "eps"), x)))
+    return [emit.one("Mul", emit.one("Div", x, rms), _scale(emit, node), part="scale")]
+
+
+def _scale(emit: Emitter, node: ir.Node) -> ir.Value:
+    weight = node.inputs[1]
+    assert weight is not None
+    if not attribute(node, "unit_offset"):
+        return weight
+    tensor = weight.const_value
+    assert tensor is not None, f"the weight of {emit.site} is not a constant"
+    name = f"{weight.name}.plus_one"
+    return emit.initializer(name, lambda: ir.tensor(tensor.numpy() + 1, name=name))
+
+
+OP = Op(
+    name="rms_norm",
+    overload=torch.ops.edgevlm.rms_norm.default,
+    numpy=numpy_rms_norm,
+    lowerings={"contrib": _contrib, "standard": _standard},
+)

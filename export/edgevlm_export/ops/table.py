@@ -1,0 +1,28 @@
+"""All ops, by the name of their node."""
+
+from __future__ import annotations
+
+from edgevlm_export.ops.activate import OP as ACTIVATE
+from edgevlm_export.ops.attention import OP as ATTENTION
+from edgevlm_export.ops.cached_attention import OP as CACHED_ATTENTION
+from edgevlm_export.ops.gated import OP as GATED
+from edgevlm_export.ops.layer_norm import OP as LAYER_NORM
+from edgevlm_export.ops.linear import OP as LINEAR
+from edgevlm_export.ops.masked_attention import OP as MASKED_ATTENTION
+from edgevlm_export.ops.rms_norm import OP as RMS_NORM
+from edgevlm_export.ops.rotary import OP as ROTARY
+
+OPS = {
+    op.name: op
+    for op in (
+        ACTIVATE,
+        ATTENTION,
+        CACHED_ATTENTION,
+        GATED,
+        LAYER_NORM,
+        LINEAR,
+        MASKED_ATTENTION,
+        RMS_NORM,
+        ROTARY,
+    )
+}
