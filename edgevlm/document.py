@@ -137,7 +137,7 @@ class Document:
         elif kind == "literal_error":
             choices = facts["expected"].replace(" or ", ", ")
             message = f"{name} must be one of {choices}, got {got}"
-            hint = suggest(
+            hint = nearest(
                 str(detail["input"]), [choice.strip("'") for choice in choices.split(", ")]
             )
         elif kind in _EXPECTED:
@@ -196,12 +196,18 @@ def parse_text(text: str, path: Path) -> Document:
     return Document(path=path, data=data, keys=builder.keys, values=builder.values)
 
 
+def nearest(word: str, choices: Sequence[str]) -> str | None:
+    """The choice that the word is a misspelling of, as a question."""
+    for near in difflib.get_close_matches(word, choices, n=1):
+        return f"did you mean {near!r}?"
+    return None
+
+
 def suggest(word: str, choices: Sequence[str]) -> str | None:
     """The nearest choice as a question; all of them where none is near and they are few."""
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    if 0 < len(choices) < 10:
+    if (hint := nearest(word, choices)) is not None:
+        return hint
+    if 0 < len(choices) < 12:
         return "choose from " + ", ".join(repr(choice) for choice in choices)
     return None
 
@@ -303,5 +309,4 @@ def _neighbours(path: Path) -> str | None:
     """The hint for a file that is not there: one beside it with nearly the same name."""
     if path.exists() or not path.parent.is_dir():
         return None
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"did you mean {str(path.parent / near[0])!r}?" if near else None
+    return nearest(str(path), [str(neighbour) for neighbour in path.parent.iterdir()])
