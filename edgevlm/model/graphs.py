@@ -110,10 +110,12 @@ class DeltaStep(nn.Module):
         return (logits, *(part for cache in caches for part in (cache.key, cache.value)))
 
 
-def vision_graph(model: Vlm, grid: tuple[int, int] | None = None) -> ModelGraph:
+def vision_graph(
+    model: Vlm, grid: tuple[int, int] | None = None, num_images: int | None = None
+) -> ModelGraph:
     """The vision graph of a grid, of the only one where none is named."""
     grid = model.spec.vision.grids[0] if grid is None else grid
-    plan = vision_plan(model.spec, grid)
+    plan = vision_plan(model.spec, grid, num_images)
     # Two pictures where the number is free: torch.export takes a 1 for a constant.
     shape = [2 if isinstance(size, str) else size for size in plan.inputs[0].shape]
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -19,11 +19,14 @@ GROUP = "main"
 MAX_VERIFY_ROWS = 8
 
 
-def vision_plan(spec: VlmSpec, grid: tuple[int, int]) -> GraphPlan:
-    """Pixels of N pictures (or tiles) of a grid to their rows; N is 1 where positions rotate."""
+def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = None) -> GraphPlan:
+    """Pixels of pictures (or tiles) of a grid to their rows; without `num_images`, any number.
+
+    Where positions rotate there is one picture a call.
+    """
     vision = spec.vision
     name = "vision" if len(vision.grids) == 1 else "vision_{}x{}".format(*grid)
-    batch: int | str = "N" if vision.position == "learned" else 1
+    batch = 1 if vision.position == "rotary" else num_images or "N"
     pixels = TensorSpec(
         name="pixels",
         dtype="float32",
