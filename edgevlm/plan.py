@@ -1,0 +1,293 @@
+"""A plan: the graphs, shapes, tokens, state, memory and decisions that a recipe leads to.
+
+It is made from the configuration alone, without weights and without torch, and it is what the
+compiler carries out: `edgevlm plan` shows the same object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgevlm.checkpoint import open_checkpoint
+from edgevlm.device import Device, load_device
+from edgevlm.document import suggest
+from edgevlm.families.image_spec import ImageChoices
+from edgevlm.model.plans import delta_plan, delta_state, inplace_plan, inplace_state, vision_plan
+from edgevlm.model.spec import VlmSpec
+from edgevlm.recipe import Recipe
+from edgevlm.resources import device_files
+from edgevlm.sizes import Parameters, decoder_activations, parameters, vision_activations
+from edgevlm.solve import Decision, Settled, settle
+from edgevlm_export.forms import FORMS
+from edgevlm_export.plan import GraphPlan
+from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
+from edgevlm_runtime.manifest import StateGroup
+
+__all__ = [
+    "MemoryPlan",
+    "Plan",
+    "PlannedGraph",
+    "TokenPlan",
+    "VariantPlan",
+    "make_plan",
+    "recipe_device",
+    "recipe_plan",
+]
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+DECODE_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedGraph:
+    """One graph to capture: its job, its form, and what goes in and out of it.
+
+    `form` is `vision`, `inplace` or `delta`; `rows` is the number of rows of a static step,
+    `max_rows` the most that a dynamic one takes; `grid` is the patch grid of a vision graph.
+    """
+
+    role: str
+    form: str
+    signature: GraphPlan
+    phases: tuple[str, ...] = ()
+    mask: str = "causal"
+    rows: int | None = None
+    max_rows: int | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The graph's name in the bundle."""
+        return self.signature.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Bytes that a session of a variant needs, each an upper bound.
+
+    `weights` are the graphs' files, mapped; `packed` the private copies that the engine makes of
+    them, one per graph; `embedding` is the table, mapped; `activations` are those of the widest
+    layer of the largest call.
+    """
+
+    weights: int
+    packed: int
+    embedding: int
+    state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it, as if every page were resident."""
+        return self.weights + self.packed + self.embedding + self.state + self.activations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantPlan:
+    """One compiled form of the model."""
+
+    target: str
+    graphs: tuple[PlannedGraph, ...]
+    state: tuple[StateGroup, ...]
+    memory: MemoryPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPlan:
+    """Visual tokens, and what is left of the context for text.
+
+    `per_call` has the tokens of one call of each vision graph; `largest_picture` is the most that
+    one picture takes, all its tiles and the tokens around them counted.
+    """
+
+    per_call: dict[tuple[int, int], int]
+    largest_picture: int
+    capacity: int
+    max_new_tokens: int
+
+    @property
+    def prompt(self) -> int:
+        """Rows for the prompt besides one picture of the largest kind and the answer."""
+        return self.capacity - self.largest_picture - self.max_new_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a compile of a recipe makes; `spec` is the model's after all passes."""
+
+    recipe: Recipe
+    device: Device
+    spec: VlmSpec
+    dtype: str
+    parameters: Parameters
+    tokens: TokenPlan
+    variants: tuple[VariantPlan, ...]
+    decisions: tuple[Decision, ...]
+
+
+def recipe_plan(recipe: Recipe) -> Plan:
+    """Open the recipe's device and checkpoint, and plan."""
+    device = recipe_device(recipe)
+    checkpoint = open_checkpoint(recipe.source, recipe.revision)
+    return make_plan(recipe, device, checkpoint.spec(image_choices(recipe)))
+
+
+def recipe_device(recipe: Recipe) -> Device:
+    """The device that the recipe names."""
+    known = list(device_files())
+    if recipe.device not in known:
+        hint = suggest(recipe.device, known)
+        raise recipe.error(f"unknown device {recipe.device!r}", "device", hint=hint)
+    return load_device(recipe.device)
+
+
+def image_choices(recipe: Recipe) -> ImageChoices:
+    """What the recipe says of pictures, as families take it."""
+    return ImageChoices(split=recipe.image.split, grids=recipe.image.grids)
+
+
+def make_plan(recipe: Recipe, device: Device, spec: VlmSpec) -> Plan:
+    """Plan a model of which only the spec is known."""
+    decisions = [_model_decision(recipe, spec)]
+    for step in recipe.passes:
+        foresight = step.foresee(spec)
+        spec = foresight.spec
+        decisions.append(
+            Decision(
+                asked=f"pass {step.name}",
+                outcome="applied",
+                reason="named in the recipe",
+                effect=foresight.effect,
+            )
+        )
+    largest = largest_picture(spec)
+    settled = settle(recipe, device, spec, largest)
+    variants = tuple(_variant(target, spec, settled) for target in settled.targets)
+    return Plan(
+        recipe=recipe,
+        device=device,
+        spec=spec,
+        dtype=settled.dtype,
+        parameters=parameters(spec),
+        tokens=TokenPlan(
+            per_call={grid: spec.image_tokens(grid) for grid in spec.vision.grids},
+            largest_picture=largest,
+            capacity=settled.capacity,
+            max_new_tokens=recipe.generation.max_new_tokens or spec.generation.max_new_tokens,
+        ),
+        variants=variants,
+        decisions=(
+            *decisions,
+            *settled.decisions,
+            *(_memory_decision(variant, device) for variant in variants),
+        ),
+    )
+
+
+def largest_picture(spec: VlmSpec) -> int:
+    """Rows of the decoder that the largest picture becomes."""
+    tokens = max(spec.image_tokens(grid) for grid in spec.vision.grids)
+    geometry = ImageSpec.from_json(spec.image).geometry
+    if not isinstance(geometry, TiledGeometry) or not geometry.split:
+        return tokens
+    side = -(-geometry.longest_edge // geometry.tile)
+    # Every tile stands between marks of its own, the whole picture at the end.
+    return (side * side + 1) * (tokens + 2) + side + 2
+
+
+def _variant(target: str, spec: VlmSpec, settled: Settled) -> VariantPlan:
+    capacity, form = settled.capacity, FORMS[target]
+    vision = [
+        PlannedGraph(role="vision", form="vision", grid=grid, signature=vision_plan(spec, grid))
+        for grid in spec.vision.grids
+    ]
+    if form.state == "inplace":
+        state = inplace_state(spec, capacity)
+        steps = [
+            PlannedGraph(
+                role="step",
+                form="inplace",
+                phases=("prefill", "decode", "verify"),
+                max_rows=capacity,
+                signature=inplace_plan(spec, capacity),
+            )
+        ]
+    else:
+        state = delta_state(spec, capacity)
+        steps = [
+            PlannedGraph(
+                role="step",
+                form="delta",
+                phases=("decode", "verify") if rows <= DECODE_ROWS else ("prefill",),
+                mask="additive",
+                rows=rows,
+                signature=delta_plan(spec, capacity, rows),
+            )
+            for rows in settled.rows[target]
+        ]
+    return VariantPlan(
+        target=target,
+        graphs=(*vision, *steps),
+        state=(state,),
+        memory=_memory(spec, settled, state, len(vision), steps),
+    )
+
+
+def _memory(
+    spec: VlmSpec,
+    settled: Settled,
+    state: StateGroup,
+    num_visions: int,
+    steps: list[PlannedGraph],
+) -> MemoryPlan:
+    size = BYTES[settled.dtype]
+    count = parameters(spec)
+    encoder = (count.vision + count.projector) * size
+    decoder = (count.layers + (count.head or count.embedding)) * size
+    rows = max(step.rows or step.max_rows or 1 for step in steps)
+    return MemoryPlan(
+        weights=encoder + decoder,
+        packed=encoder * num_visions + decoder * len(steps),
+        embedding=count.embedding * size,
+        state=sum(_product(tensor.shape) * BYTES[tensor.dtype] for tensor in state.tensors),
+        activations=size
+        * max(
+            decoder_activations(spec, rows, settled.capacity),
+            *(vision_activations(spec, grid) for grid in spec.vision.grids),
+        ),
+    )
+
+
+def _model_decision(recipe: Recipe, spec: VlmSpec) -> Decision:
+    total = parameters(spec).total
+    return Decision(
+        asked=f"model {recipe.model}",
+        outcome="applied",
+        reason=f"family {spec.family} reads it",
+        effect=f"{total / 1e6:,.1f} M parameters",
+    )
+
+
+def _memory_decision(variant: VariantPlan, device: Device) -> Decision:
+    needs, has = variant.memory.total / 2**20, device.memory.capacity.base / 2**20
+    asked = f"memory of variant {variant.target!r}"
+    if needs > has:
+        return Decision(
+            asked=asked,
+            outcome="refused",
+            reason=f"it needs up to {needs:,.0f} MiB, {device.name} has {has:,.0f} MiB",
+            effect="lower context.capacity, or choose a smaller model",
+        )
+    return Decision(
+        asked=asked,
+        outcome="applied",
+        reason=f"{device.name} has {has:,.0f} MiB",
+        effect=f"up to {needs:,.0f} MiB",
+    )
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

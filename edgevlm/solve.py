@@ -1,0 +1,287 @@
+"""The solver: what a recipe asks and a device has, settled as typed decisions.
+
+Everything that was asked for by name gets a decision, also when all of it is applied, so that a
+report can say of each wish what became of it and why. Nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edgevlm.device import Device
+from edgevlm.document import suggest
+from edgevlm.errors import DeviceError
+from edgevlm.model.spec import VlmSpec
+from edgevlm.recipe import Recipe
+from edgevlm_export.forms import FORMS, Form
+
+__all__ = ["Decision", "Outcome", "Settled", "refuse", "round_up", "settle"]
+
+Outcome = Literal["applied", "degraded", "refused"]
+
+# Rows of a conversation besides its pictures, where the recipe does not say how many it wants.
+TEXT_ROWS = 512
+PICTURES = 2
+CAPACITY_STEP = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What became of a wish: what was asked, whether it is done, why, and what that means."""
+
+    asked: str
+    outcome: Outcome
+    reason: str
+    effect: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """What a compile does for a recipe on a device.
+
+    `rows` are the row counts of static step graphs, by target.
+    """
+
+    targets: tuple[str, ...]
+    dtype: str
+    capacity: int
+    rows: dict[str, tuple[int, ...]]
+    decisions: tuple[Decision, ...]
+
+
+def settle(recipe: Recipe, device: Device, spec: VlmSpec, picture_tokens: int) -> Settled:
+    """Settle targets, types and sizes; a refusal is a decision here, and an error in `refuse`."""
+    targets, target_decisions = _targets(recipe, device)
+    dtype, dtype_decisions = _dtype(recipe, device, targets)
+    capacity, capacity_decisions = _capacity(recipe, spec, picture_tokens)
+    rows, row_decisions = _rows(targets, capacity)
+    decisions = (
+        *target_decisions,
+        *dtype_decisions,
+        *capacity_decisions,
+        *row_decisions,
+        *_choices(recipe, spec),
+    )
+    return Settled(targets=targets, dtype=dtype, capacity=capacity, rows=rows, decisions=decisions)
+
+
+def refuse(decisions: Sequence[Decision]) -> None:
+    """Raise DeviceError where something that was asked for is refused."""
+    refused = [decision for decision in decisions if decision.outcome == "refused"]
+    if refused:
+        first, more = refused[0], len(refused) - 1
+        raise DeviceError(
+            f"{first.asked} is refused: {first.reason}" + (f" (and {more} more)" if more else ""),
+            hint=first.effect,
+        )
+
+
+def _targets(recipe: Recipe, device: Device) -> tuple[tuple[str, ...], list[Decision]]:
+    if recipe.targets is None:
+        kept, decisions = _supported(device.targets, device)
+        names = ", ".join(kept)
+        return kept, [
+            Decision(
+                asked="targets (not named)",
+                outcome="applied",
+                reason=f"{device.name} runs {names}",
+                effect=f"compiles {names}",
+            ),
+            *decisions,
+        ]
+    for index, name in enumerate(recipe.targets):
+        if name not in FORMS:
+            hint = suggest(name, list(FORMS))
+            raise recipe.error(f"unknown target {name!r}", "targets", index, hint=hint)
+        if name in recipe.targets[:index]:
+            raise recipe.error(f"target {name!r} is named twice", "targets", index)
+    return _supported(recipe.targets, device)
+
+
+def _supported(names: Sequence[str], device: Device) -> tuple[tuple[str, ...], list[Decision]]:
+    kept: list[str] = []
+    decisions = []
+    for name in names:
+        decision = _target(name, FORMS[name], device)
+        decisions.append(decision)
+        if decision.outcome == "applied":
+            kept.append(name)
+    return tuple(kept), decisions
+
+
+def _target(name: str, form: Form, device: Device) -> Decision:
+    asked = f"target {name!r}"
+    if name not in device.targets:
+        return Decision(
+            asked=asked,
+            outcome="refused",
+            reason=f"{device.name} runs {', '.join(device.targets)}",
+            effect="choose one of these, or another device",
+        )
+    newest = device.compile.opset_max.value
+    if form.opset > newest:
+        return Decision(
+            asked=asked,
+            outcome="refused",
+            reason=f"it needs opset {form.opset}, {device.name} loads opset {newest} at most",
+            effect="choose another target or device",
+        )
+    if device.compile.static_only and not form.rows:
+        return Decision(
+            asked=asked,
+            outcome="refused",
+            reason=f"its graphs take any number of rows, {device.name} wants fixed shapes",
+            effect="choose the target 'static', or another device",
+        )
+    shape = f"T in {', '.join(map(str, form.rows))}" if form.rows else "any number of rows"
+    return Decision(
+        asked=asked,
+        outcome="applied",
+        reason=f"{device.name} runs it",
+        effect=f"a variant {name!r}: opset {form.opset}, {shape}",
+    )
+
+
+def _dtype(recipe: Recipe, device: Device, targets: Sequence[str]) -> tuple[str, list[Decision]]:
+    """One type for weights and activations; integer weights are what passes ask for."""
+    decisions = []
+    for target in targets:
+        has = [fact.weight for fact in device.dtypes_of(target) if fact.weight == fact.activation]
+        if recipe.dtype is not None and recipe.dtype not in has:
+            decisions.append(
+                Decision(
+                    asked=f"dtype {recipe.dtype!r}",
+                    outcome="refused",
+                    reason=f"{device.name} computes in {', '.join(has)} on target {target!r}",
+                    effect=f"set dtype to {has[0]}, or leave it out",
+                )
+            )
+    usual = device.dtypes[0].weight
+    if recipe.dtype is None:
+        decisions.append(
+            Decision(
+                asked="dtype (not named)",
+                outcome="applied",
+                reason=f"{device.name} computes in {usual}",
+                effect=f"weights and activations are {usual}",
+            )
+        )
+    elif not decisions:
+        decisions.append(
+            Decision(
+                asked=f"dtype {recipe.dtype!r}",
+                outcome="applied",
+                reason=f"{device.name} computes in it",
+                effect=f"weights and activations are {recipe.dtype}",
+            )
+        )
+    return recipe.dtype or usual, decisions
+
+
+def _capacity(recipe: Recipe, spec: VlmSpec, picture_tokens: int) -> tuple[int, list[Decision]]:
+    asked, longest = recipe.context.capacity, spec.decoder.max_positions
+    if asked is not None:
+        if asked > longest:
+            return longest, [
+                Decision(
+                    asked=f"context.capacity {asked}",
+                    outcome="refused",
+                    reason=f"the model knows {longest} positions",
+                    effect=f"set context.capacity to at most {longest}",
+                )
+            ]
+        reason = (
+            "the model knows as many positions"
+            if asked == longest
+            else (f"the model knows {longest} positions")
+        )
+        return asked, [
+            Decision(
+                asked=f"context.capacity {asked}",
+                outcome="applied",
+                reason=reason,
+                effect=f"prompt and answer have {asked} rows together",
+            )
+        ]
+    answer = recipe.generation.max_new_tokens or spec.generation.max_new_tokens
+    wanted = round_up(PICTURES * picture_tokens + TEXT_ROWS + answer, CAPACITY_STEP)
+    capacity = min(wanted, longest)
+    return capacity, [
+        Decision(
+            asked="context.capacity (not named)",
+            outcome="applied",
+            reason=f"{PICTURES} pictures of at most {picture_tokens} rows, {TEXT_ROWS} rows of "
+            f"text, {answer} of answer; the model knows {longest} positions",
+            effect=f"prompt and answer have {capacity} rows together",
+        )
+    ]
+
+
+def _rows(
+    targets: Sequence[str], capacity: int
+) -> tuple[dict[str, tuple[int, ...]], list[Decision]]:
+    rows = {}
+    decisions = []
+    for target in targets:
+        wanted = FORMS[target].rows
+        kept = tuple(count for count in wanted if count <= capacity)
+        rows[target] = kept
+        if kept != wanted:
+            dropped = ", ".join(str(count) for count in wanted if count not in kept)
+            decisions.append(
+                Decision(
+                    asked=f"step graphs of {', '.join(map(str, wanted))} rows on {target!r}",
+                    outcome="degraded",
+                    reason=f"a context of {capacity} rows has no room for {dropped}",
+                    effect=f"long prompts are read {kept[-1]} rows at a time",
+                )
+            )
+    return rows, decisions
+
+
+def _choices(recipe: Recipe, spec: VlmSpec) -> list[Decision]:
+    """The wishes that the family has carried out already, and what it leaves out."""
+    decisions = []
+    if recipe.image.split is not None:
+        decisions.append(
+            Decision(
+                asked=f"image.split {str(recipe.image.split).lower()}",
+                outcome="applied",
+                reason=f"family {spec.family} cuts pictures into tiles",
+                effect="a large picture becomes several tiles"
+                if recipe.image.split
+                else "every picture is one tile",
+            )
+        )
+    if recipe.image.grids is not None:
+        grids = ", ".join(f"{height} x {width}" for height, width in recipe.image.grids)
+        decisions.append(
+            Decision(
+                asked=f"image.grids {grids}",
+                outcome="applied",
+                reason=f"family {spec.family} takes pictures of any shape",
+                effect="a picture is resized to the nearest grid",
+            )
+        )
+    decisions += [
+        Decision(asked="checkpoint", outcome="degraded", reason=note, effect="left out")
+        for note in spec.notes
+    ]
+    for name, reason in recipe.evidence.reasons.items():
+        limit = recipe.evidence.limits[name]
+        decisions.append(
+            Decision(
+                asked=f"gate {name} {limit:g}",
+                outcome="degraded",
+                reason=reason,
+                effect="evidence is judged by this limit in place of the default",
+            )
+        )
+    return decisions
+
+
+def round_up(number: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-number // step) * step
