@@ -109,10 +109,11 @@ class VisionSpec:
     `grids` are the patch grids it is built for: one for a fixed image size, one per vision graph
     for native resolution. `pixels` is the layout of one picture: `image` [C, H, W], or `patches`
     [rows, C * temporal * patch * patch], in squares of `merge` x `merge` patches. `position` is
-    `learned` (one row per patch, and one for the class token) or `rotary` (2-D, in attention, with
-    base `rotary_theta`). `window` is the side of a window in patches. `feature_layers` index the
-    hidden states (0 is the embedding, i the output of layer i) whose concatenation leaves the
-    encoder; `norm` acts on the last one. `drop_class_token` leaves that row out.
+    `learned` (a table of `num_positions` rows, of which `position_rows` are used, None for all in
+    order) or `rotary` (2-D, in attention, with base `rotary_theta`). `window` is the side of a
+    window in patches. `feature_layers` index the hidden states (0 is the embedding, i the output of
+    layer i) whose concatenation leaves the encoder; `norm` acts on the last one. `drop_first_row`
+    leaves out the class token (without one, the first patch, as transformers does).
     """
 
     width: int
@@ -123,9 +124,11 @@ class VisionSpec:
     position: str
     feature_layers: tuple[int, ...]
     pixels: str = "image"
+    num_positions: int = 0
+    position_rows: tuple[int, ...] | None = None
     patch_bias: bool = False
     class_token: bool = False
-    drop_class_token: bool = False
+    drop_first_row: bool = False
     pre_norm: NormSpec | None = None
     norm: NormSpec | None = None
     temporal_patch_size: int = 1
@@ -191,5 +194,5 @@ class VlmSpec:
     def image_tokens(self, grid: tuple[int, int]) -> int:
         """Rows of the decoder that one picture (or tile) of that grid becomes."""
         height, width = grid
-        extra = 1 if self.vision.class_token and not self.vision.drop_class_token else 0
+        extra = int(self.vision.class_token) - int(self.vision.drop_first_row)
         return height * width // self.projector.merge**2 + extra

@@ -17,14 +17,17 @@ from edgevlm_export.ops import attention, rotary
 class Position(nn.Module):
     """Adds one learned row to each row."""
 
-    def __init__(self, num_rows: int, width: int) -> None:
-        """Hold the rows, in the order of the patches."""
+    def __init__(self, num_positions: int, width: int, rows: tuple[int, ...] | None) -> None:
+        """Hold the table, and which of its rows are used."""
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_rows, width))
+        self.weight = nn.Parameter(torch.zeros(num_positions, width))
+        self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
         """Add to [N, rows, W]."""
-        return x + self.weight
+        if self.rows is None:
+            return x + self.weight
+        return x + self.weight.index_select(0, torch.tensor(self.rows))
 
 
 class Embed(nn.Module):
@@ -47,8 +50,7 @@ class Embed(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(spec.width)) if spec.class_token else None
         self.position = None
         if spec.position == "learned":
-            height, width = spec.grids[0]
-            self.position = Position(height * width + int(spec.class_token), spec.width)
+            self.position = Position(spec.num_positions, spec.width, spec.position_rows)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels [N, C, H, W] or [N, rows, values] to [N, rows, W]."""
@@ -125,7 +127,7 @@ class Vision(nn.Module):
             states[-1] = self.norm(states[-1])
         features = [states[index] for index in self.spec.feature_layers]
         x = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
-        if self.spec.drop_class_token:
+        if self.spec.drop_first_row:
             x = x[:, 1:]
         return x if tables is None else x.index_select(1, tables.inverse)
 
