@@ -9,6 +9,7 @@ site that a graph output belongs to is recorded with the model (see `taps`).
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -55,8 +56,9 @@ def _export(module: nn.Module, plan: GraphPlan) -> torch.export.ExportedProgram:
         {i: marks[d] for i, d in enumerate(spec.shape) if isinstance(d, str)}
         for spec in plan.inputs
     )
+    shapes = inspect.signature(module.forward).bind(*dynamic).arguments
     with torch.no_grad():
-        return torch.export.export(module, examples, dynamic_shapes=dynamic)
+        return torch.export.export(module, examples, dynamic_shapes=shapes)
 
 
 def _example(spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from edgevlm_export.ops.heads import (
     to_heads,
     unpack,
 )
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute, static_dims
+from edgevlm_export.ops.op import MICROSOFT, Op, attribute, static_dims, tensors
 
 MASKED = -60000.0  # closes a score, and is finite in float16
 
@@ -116,7 +116,7 @@ def numpy_attention(
 
 def _split(emit: Emitter, node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
     """q, k and v, split where they are packed."""
-    q, k, v = node.inputs[:3]
+    q, k, v, _ = tensors(node, 4)
     assert q is not None
     if k is not None and v is not None:
         return q, k, v
@@ -128,7 +128,7 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     if num_heads != attribute(node, "num_kv_heads"):
         return _standard(emit, node)  # MultiHeadAttention has no key-value groups
     q, k, v = _split(emit, node)
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    mask = tensors(node, 4)[3]
     return [
         emit.one(
             "MultiHeadAttention",
@@ -150,7 +150,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     num_heads, num_kv_heads = attribute(node, "num_heads"), attribute(node, "num_kv_heads")
     groups = num_heads // num_kv_heads
     batch, rows, width = static_dims(node.inputs[0])
-    packed = node.inputs[1] is None if len(node.inputs) > 1 else True
+    packed = tensors(node, 2)[1] is None
     size = width // (num_heads + 2 * num_kv_heads if packed else num_heads)
     q, k, v = _split(emit, node)
     keys = rows if packed else static_dims(k)[1]
@@ -167,7 +167,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
         grouped = emit.ints(batch, num_kv_heads, groups * rows, size)
         query = emit.one("Reshape", query, grouped, part="grouped")
     scores = emit.one("MatMul", query, key, part="scores")
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    mask = tensors(node, 4)[3]
     if attribute(node, "causal"):
         closed = np.triu(np.full((rows, keys), MASKED, dtype=np.float32), keys - rows + 1)
         name = f"{PLUMBING}/causal[{rows}x{keys}]"

@@ -25,7 +25,7 @@ from edgevlm_export.ops.heads import (
     to_heads,
     unpack,
 )
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute
+from edgevlm_export.ops.op import MICROSOFT, Op, attribute, tensors
 from edgevlm_export.ops.rotary import numpy_rotate, rotate
 
 
@@ -156,7 +156,7 @@ def numpy_cached_attention(
 
 
 def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
-    q, k, v, past_key, past_value, seqlens_k, total, cos, sin = (*node.inputs, None, None)[:9]
+    q, k, v, past_key, past_value, seqlens_k, total, cos, sin = tensors(node, 9)
     assert q is not None
     rotary = cos is not None
     return emit.node(

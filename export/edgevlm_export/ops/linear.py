@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from edgevlm_export.emit import Emitter
-from edgevlm_export.ops.op import Op
+from edgevlm_export.ops.op import Op, tensors
 
 
 def numpy_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
@@ -24,7 +24,7 @@ def numpy_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = No
 
 def lower(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     """MatMul with the weight transposed, then Add."""
-    x, weight, bias = (*node.inputs, None)[:3]
+    x, weight, bias = tensors(node, 3)
     assert weight is not None
     out = emit.one("MatMul", x, transposed(emit, weight))
     if bias is not None:

@@ -24,7 +24,7 @@ from edgevlm_export.ops.heads import (
     to_heads,
     unpack,
 )
-from edgevlm_export.ops.op import Op, attribute, static_dims
+from edgevlm_export.ops.op import Op, attribute, static_dims, tensors
 from edgevlm_export.ops.rotary import numpy_rotate, rotate, rotate_rows
 
 
@@ -136,7 +136,7 @@ def numpy_masked_attention(
 
 
 def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
-    q, k, v, past_key, past_value, mask, cos, sin = (*node.inputs, None, None)[:8]
+    q, k, v, past_key, past_value, mask, cos, sin = tensors(node, 8)
     assert q is not None
     assert past_key is not None
     assert mask is not None

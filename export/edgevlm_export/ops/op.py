@@ -83,6 +83,11 @@ def attribute(node: ir.Node, name: str) -> Any:
     return node.attributes[name].value
 
 
+def tensors(node: ir.Node, count: int) -> tuple[ir.Value | None, ...]:
+    """The first inputs of a node, None for those left out at the end."""
+    return tuple((*node.inputs, *[None] * count)[:count])
+
+
 def dims(value: ir.Value | None) -> tuple[int | str, ...]:
     """The shape of a value, names for dynamic dimensions."""
     assert value is not None

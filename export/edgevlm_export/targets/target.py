@@ -1,0 +1,33 @@
+"""What a target is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgevlm_runtime.manifest import EngineSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where graphs run: the state form they are captured in, and what happens to them after.
+
+    `ops` are the op types a finished graph may hold, by domain; `rewrites` run in order, each
+    checked against the rest of this object.
+    """
+
+    name: str
+    form: str
+    opset: int
+    ops: Mapping[str, frozenset[str]]
+    dtypes: frozenset[ir.DataType]
+    static_shapes: bool
+    rewrites: tuple[ir.passes.InPlacePass, ...]
+    engine: EngineSpec
+
+
+def op_names(*lines: str) -> frozenset[str]:
+    """The op types named in lines of words."""
+    return frozenset(name for line in lines for name in line.split())
