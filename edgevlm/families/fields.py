@@ -49,9 +49,16 @@ NEUTRAL: dict[str, object] = {
 class Fields:
     """The fields of one section, by name; null is the same as absent."""
 
-    def __init__(self, values: Mapping[str, Any], *, family: str, where: str = "") -> None:
-        """Hold a section; `where` is its dotted path."""
-        self.family, self.where = family, where
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        *,
+        family: str,
+        where: str = "",
+        file: str = "config.json",
+    ) -> None:
+        """Hold a section; `where` is its dotted path in the file."""
+        self.family, self.where, self.file = family, where, file
         self._values = values
         self._read: set[str] = set()
 
@@ -74,17 +81,17 @@ class Fields:
         if value is None:
             if default is None:
                 raise ModelError(
-                    f"config.json: {self._path(name)} is missing, which family "
+                    f"{self.file}: {self._path(name)} is missing, which family "
                     f"{self.family!r} needs",
-                    hint="take config.json from the checkpoint's own repository",
+                    hint=f"take {self.file} from the checkpoint's own repository",
                 )
             return default
         if kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ModelError(
-                f"config.json: {self._path(name)} is {value!r}, expected {kind.__name__}",
-                hint="take config.json from the checkpoint's own repository",
+                f"{self.file}: {self._path(name)} is {value!r}, expected {kind.__name__}",
+                hint=f"take {self.file} from the checkpoint's own repository",
             )
         return value
 
@@ -100,7 +107,7 @@ class Fields:
         if value not in table:
             names = ", ".join(repr(key) for key in sorted(table))
             raise ModelError(
-                f"config.json: {self._path(name)} is {value!r}, which family {self.family!r} "
+                f"{self.file}: {self._path(name)} is {value!r}, which family {self.family!r} "
                 f"lacks: it has {names}",
                 hint="compile a checkpoint with one of these",
             )
@@ -112,7 +119,7 @@ class Fields:
         if name in self and not any(_same(self._values[name], value) for value in allowed):
             expected = " or ".join(repr(value) for value in allowed if value is not None)
             raise ModelError(
-                f"config.json: {self._path(name)} is {self._values[name]!r}, which family "
+                f"{self.file}: {self._path(name)} is {self._values[name]!r}, which family "
                 f"{self.family!r} does not do" + (f": it does {expected}" if expected else ""),
                 hint="compile a checkpoint without it",
             )
@@ -124,13 +131,13 @@ class Fields:
     def section(self, name: str) -> Fields:
         """A nested section."""
         values = self.take(name, dict)
-        return Fields(values, family=self.family, where=f"{self.where}{name}.")
+        return Fields(values, family=self.family, where=f"{self.where}{name}.", file=self.file)
 
     def split(self, name: str, fields: frozenset[str]) -> Fields:
         """The fields of a section that an old config writes flat into this one."""
         self._read.update(fields)
         values = {key: value for key, value in self._values.items() if key in fields}
-        return Fields(values, family=self.family, where=self.where)
+        return Fields(values, family=self.family, where=self.where, file=self.file)
 
     def finish(self) -> None:
         """Refuse every field that was not read, is not without effect, and is not neutral."""
@@ -140,7 +147,7 @@ class Fields:
         if unknown:
             named = ", ".join(f"{self._path(name)} = {self._values[name]!r}" for name in unknown)
             raise ModelError(
-                f"config.json: family {self.family!r} does not know {named}",
+                f"{self.file}: family {self.family!r} does not know {named}",
                 hint="remove it if it has no effect on the model; else the family must learn it",
             )
 
