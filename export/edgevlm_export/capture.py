@@ -18,6 +18,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript import opset18
 from onnxscript.values import Opset
 from torch import nn
@@ -39,10 +40,12 @@ def capture(module: nn.Module, plan: GraphPlan) -> ir.Model:
     """The graph of `module` with the inputs and outputs of `plan`; weights are not copied."""
     program = _export(module.eval(), plan)
     model = _translate(program)
-    _name_sites(model)
+    sites = frozenset(name for name, _ in module.named_modules() if name)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _name_sites(model, sites)
     _name_interface(model, plan)
     model.graph.name = plan.name
-    model.meta[SITES] = frozenset(name for name, _ in module.named_modules() if name)
+    model.meta[SITES] = sites
     return model
 
 
@@ -111,9 +114,9 @@ def _translate_index_select(x: Any, dim: int, index: Any) -> Any:
     return opset18.Gather(x, index, axis=dim)
 
 
-def _name_sites(model: ir.Model) -> None:
+def _name_sites(model: ir.Model, sites: frozenset[str]) -> None:
     """Name nodes and values after the modules they came from."""
-    paths = {node: _module_path(node) for node in model.graph}
+    paths = {node: _module_path(node, sites) for node in model.graph}
     taken: dict[str, int] = {}
     num_nodes: dict[str, int] = {}
     for path in paths.values():
@@ -135,9 +138,10 @@ def _name_sites(model: ir.Model) -> None:
             named.add(path)
 
 
-def _module_path(node: ir.Node) -> str:
+def _module_path(node: ir.Node, sites: frozenset[str]) -> str:
+    """The innermost module a node was made in; empty for what torch.export adds by itself."""
     scopes: list[str] = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
-    return scopes[-2] if len(scopes) > 1 else ""
+    return scopes[-2] if len(scopes) > 1 and scopes[-2] in sites else ""
 
 
 def _leaves(value: ir.Value, path: str, paths: dict[ir.Node, str]) -> bool:

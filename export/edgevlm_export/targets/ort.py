@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgevlm_export.ops.op import MICROSOFT
+from edgevlm_export.rewrites.constant_shapes import ConstantShapes
+from edgevlm_export.rewrites.fuse_bias import FuseBias
 from edgevlm_export.rewrites.fuse_skip_norm import FuseSkipNorm
 from edgevlm_export.rewrites.lower_ops import LowerOps
 from edgevlm_export.targets.target import Target, op_names
@@ -26,7 +28,7 @@ ORT = Target(
     },
     dtypes=frozenset({ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64}),
     static_shapes=False,
-    rewrites=(LowerOps(("contrib", "standard")), FuseSkipNorm()),
+    rewrites=(ConstantShapes(), LowerOps(("contrib", "standard")), FuseSkipNorm(), FuseBias()),
     # A session that has run stops spinning, so that it does not slow the next graph's.
     engine=EngineSpec(kind="ort", options={"session.force_spinning_stop": "1"}),
 )
