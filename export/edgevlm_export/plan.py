@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,3 +22,16 @@ class GraphPlan:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     defaults: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def fixed(self, **sizes: int) -> GraphPlan:
+        """The same plan with numbers in place of these dynamic dimensions."""
+
+        def fix(spec: TensorSpec) -> TensorSpec:
+            shape = tuple(sizes.get(d, d) if isinstance(d, str) else d for d in spec.shape)
+            return replace(spec, shape=shape)
+
+        return replace(
+            self,
+            inputs=tuple(fix(spec) for spec in self.inputs),
+            outputs=tuple(fix(spec) for spec in self.outputs),
+        )

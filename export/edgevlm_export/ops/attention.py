@@ -162,7 +162,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     query = heads(q, num_heads, rows, [0, 2, 1, 3], "query")
     key = heads(k, num_kv_heads, keys, [0, 2, 3, 1], "key")
     value = heads(v, num_kv_heads, keys, [0, 2, 1, 3], "value")
-    query = emit.one("Mul", query, emit.scalar(attribute(node, "scale"), q), part="scaled")
+    query = emit.one("Mul", query, _scale(emit, node), part="scaled")
     if groups > 1:
         grouped = emit.ints(batch, num_kv_heads, groups * rows, size)
         query = emit.one("Reshape", query, grouped, part="grouped")
@@ -180,6 +180,12 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
         out = emit.one("Reshape", out, emit.ints(batch, num_heads, rows, size), part="ungrouped")
     out = emit.one("Transpose", out, part="rows_first", perm=[0, 2, 1, 3])
     return [emit.one("Reshape", out, emit.ints(batch, rows, num_heads * size), part="rows")]
+
+
+def _scale(emit: Emitter, node: ir.Node) -> ir.Value:
+    rows = node.inputs[0]
+    assert rows is not None
+    return emit.scalar(attribute(node, "scale"), rows)
 
 
 def _add_mask(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from edgevlm_export.targets.ort import ORT
+from edgevlm_export.targets.static import STATIC
 from edgevlm_export.targets.target import Target
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ORT,)}
+TARGETS: dict[str, Target] = {target.name: target for target in (ORT, STATIC)}
 
 __all__ = ["TARGETS", "Target"]
