@@ -27,7 +27,13 @@ FAMILIES: dict[str, str] = {
 
 
 class Family(Protocol):
-    """What a family's module offers."""
+    """What a family's module offers.
+
+    `EXPANSION` and `POSITIONS` are how image tokens and positions are written (`TextSpec`).
+    """
+
+    EXPANSION: str
+    POSITIONS: str
 
     def spec(
         self, config: Mapping[str, Any], files: Mapping[str, bytes], choices: ImageChoices

@@ -128,9 +128,10 @@ class Vlm(nn.Module):
         return found
 
 
-def build(spec: VlmSpec) -> Vlm:
-    """The module of a spec, its weights as torch makes them."""
-    return Vlm(spec).eval()
+def place(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value in the place of a weight."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
 
 
 def _no_rows(spec: AttentionSpec) -> tuple[Tensor, Tensor]:
