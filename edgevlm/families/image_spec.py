@@ -117,7 +117,7 @@ def image_spec(
     *,
     family: str,
     tokens: int | None,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
     choices: ImageChoices,
 ) -> ImageSpec:
     """Read `preprocessor_config.json`, or the `image_processor` of `processor_config.json`.
@@ -267,7 +267,7 @@ def _check_choices(kind: ProcessorClass, choices: ImageChoices, family: str) -> 
         )
 
 
-def _check_size(output: tuple[int, int], size: tuple[int, int] | None, file: str) -> None:
+def _check_size(output: tuple[int, int], size: tuple[int, ...] | None, file: str) -> None:
     if size is not None and output != size:
         raise ModelError(
             f"{file} makes pictures of {output[0]} x {output[1]}, "
@@ -344,7 +344,8 @@ def _resample(fields: Fields, kind: ProcessorClass) -> str:
     number = fields.take("resample", int, RESAMPLES.index(kind.resample))
     if not 0 <= number < len(RESAMPLES):
         raise ModelError(
-            f"{fields.file}: {fields.where}resample is {number}, expected 0 to {len(RESAMPLES) - 1}",
+            f"{fields.file}: {fields.where}resample is {number}, "
+            f"expected 0 to {len(RESAMPLES) - 1}",
             hint=f"take {fields.file} from the checkpoint's own repository",
         )
     return RESAMPLES[number]
