@@ -43,7 +43,8 @@ class PlannedGraph:
     """One graph to capture: its job, its form, and what goes in and out of it.
 
     `form` is `vision`, `inplace` or `delta`; `rows` is the number of rows of a static step,
-    `max_rows` the most that a dynamic one takes; `grid` is the patch grid of a vision graph.
+    `max_rows` the most that a dynamic one takes; `grid` is the patch grid of a vision graph, and
+    `num_images` how many pictures it takes, None for any number.
     """
 
     role: str
@@ -54,6 +55,7 @@ class PlannedGraph:
     rows: int | None = None
     max_rows: int | None = None
     grid: tuple[int, int] | None = None
+    num_images: int | None = None
 
     @property
     def name(self) -> str:
@@ -197,8 +199,15 @@ def largest_picture(spec: VlmSpec) -> int:
 
 def _variant(target: str, spec: VlmSpec, settled: Settled) -> VariantPlan:
     capacity, form = settled.capacity, FORMS[target]
+    num_images = 1 if form.rows else None
     vision = [
-        PlannedGraph(role="vision", form="vision", grid=grid, signature=vision_plan(spec, grid))
+        PlannedGraph(
+            role="vision",
+            form="vision",
+            grid=grid,
+            num_images=num_images,
+            signature=vision_plan(spec, grid, num_images),
+        )
         for grid in spec.vision.grids
     ]
     if form.state == "inplace":

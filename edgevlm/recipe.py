@@ -22,21 +22,19 @@ from pydantic import (
     PlainSerializer,
     PrivateAttr,
     create_model,
-    field_validator,
     model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema
 
-from edgevlm.document import Complaint, Document, Options, parse_text, read, show, suggest
+from edgevlm.document import Complaint, Document, Options, parse_text, read, show
 from edgevlm.errors import RecipeError
-from edgevlm.evidence.gates import DEFAULT_LIMITS
 from edgevlm.passes import PASSES, Pass
 
 __all__ = [
     "CalibrationOptions",
     "ContextOptions",
     "EvidenceOptions",
-    "GateOptions",
+    "Gates",
     "GenerationOptions",
     "ImageOptions",
     "Recipe",
@@ -77,13 +75,29 @@ class GenerationOptions(Options):
     top_p: float | None = Field(None, gt=0, le=1)
 
 
-class GateOptions(Options):
-    """A limit in place of a default one; looser than the default needs a reason."""
+class Gates(Options):
+    """Bounds that every rung of evidence must keep; a failing gate fails the compile.
 
-    limit: float = Field(ge=0)
-    reason: str | None = Field(
-        None, min_length=1, description="Why it may be looser; the manifest repeats it."
-    )
+    Errors are in units of the standard deviation of the reference, or of 1 where that is larger.
+    """
+
+    max_error: float = Field(1e-3, gt=0, description="Largest error of a logit, at most.")
+    cosine: float = Field(0.9999, gt=0, le=1, description="Cosine to the rung below, at least.")
+    kl: float = Field(1e-4, gt=0, description="Mean KL divergence of the logits, at most.")
+    argmax_agreement: float = Field(0.995, gt=0, le=1, description="Equal argmax, at least.")
+    token_agreement: float = Field(0.995, gt=0, le=1, description="Equal answers, at least.")
+    accuracy_drop: float = Field(0.005, ge=0, le=1, description="Loss of task accuracy, at most.")
+
+    _floors: ClassVar[frozenset[str]] = frozenset({"cosine", "argmax_agreement", "token_agreement"})
+
+    def loosened(self) -> tuple[str, ...]:
+        """Names of the gates that let more through than the defaults."""
+        names = []
+        for name, field in type(self).model_fields.items():
+            asked, usual = getattr(self, name), field.default
+            if asked < usual if name in self._floors else asked > usual:
+                names.append(name)
+        return tuple(names)
 
 
 class EvidenceOptions(Options):
@@ -91,37 +105,30 @@ class EvidenceOptions(Options):
 
     samples: int = Field(16, ge=1, le=10_000, description="Samples that every rung answers.")
     max_new_tokens: int = Field(32, ge=1, description="Greedy tokens per sample.")
-    gates: Mapping[str, GateOptions] = Field(
-        {},
-        description="Largest figure that passes, by gate; a failing gate fails the compile.",
-        json_schema_extra={"propertyNames": {"enum": sorted(DEFAULT_LIMITS)}},
+    gates: Gates = Gates()
+    reason: str | None = Field(
+        None, min_length=1, description="Why a gate is looser than usual; the manifest repeats it."
     )
 
     @property
-    def limits(self) -> dict[str, float]:
-        """All gates, those of the recipe in place of the defaults."""
-        return {**DEFAULT_LIMITS, **{name: gate.limit for name, gate in self.gates.items()}}
+    def loosened(self) -> dict[str, str]:
+        """The gates that are looser than usual, with the reason."""
+        return dict.fromkeys(self.gates.loosened(), self.reason or "")
 
-    @property
-    def reasons(self) -> dict[str, str]:
-        """Why a gate was changed, where the recipe says so."""
-        return {name: gate.reason for name, gate in self.gates.items() if gate.reason is not None}
-
-    @field_validator("gates")
-    @classmethod
-    def _loosening_has_a_reason(cls, gates: Mapping[str, GateOptions]) -> Mapping[str, GateOptions]:
-        for name, gate in gates.items():
-            if name not in DEFAULT_LIMITS:
-                hint = suggest(name, list(DEFAULT_LIMITS))
-                raise Complaint(f"unknown gate {name!r}", hint=hint, key=name)
-            usual = DEFAULT_LIMITS[name]
-            if gate.limit > usual and gate.reason is None:
-                raise Complaint(
-                    f"gate {name!r} is loosened from {usual:g} to {gate.limit:g} without a reason",
-                    hint="add 'reason', which the manifest repeats",
-                    key=name,
-                )
-        return gates
+    @model_validator(mode="after")
+    def _loosening_has_a_reason(self) -> EvidenceOptions:
+        usual = Gates()
+        if self.reason is None and (names := self.gates.loosened()):
+            loosened = ", ".join(
+                f"{name} from {getattr(usual, name):g} to {getattr(self.gates, name):g}"
+                for name in names
+            )
+            raise Complaint(
+                f"gates are loosened without a reason: {loosened}",
+                hint="say why in evidence.reason, which the manifest repeats",
+                key="gates",
+            )
+        return self
 
 
 class CalibrationOptions(Options):

@@ -269,14 +269,14 @@ def _choices(recipe: Recipe, spec: VlmSpec) -> list[Decision]:
         Decision(asked="checkpoint", outcome="degraded", reason=note, effect="left out")
         for note in spec.notes
     ]
-    for name, reason in recipe.evidence.reasons.items():
-        limit = recipe.evidence.limits[name]
+    for name, reason in recipe.evidence.loosened.items():
+        limit = getattr(recipe.evidence.gates, name)
         decisions.append(
             Decision(
-                asked=f"gate {name} {limit:g}",
+                asked=f"evidence.gates.{name} {limit:g}",
                 outcome="degraded",
                 reason=reason,
-                effect="evidence is judged by this limit in place of the default",
+                effect="evidence is held to this bound in place of the usual one",
             )
         )
     return decisions

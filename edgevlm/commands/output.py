@@ -1,0 +1,65 @@
+"""What commands write: one JSON document on stdout, or text; progress and logs on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["console", "mebibytes", "plain", "print_json", "shape", "table"]
+
+
+def console() -> Console:
+    """The terminal that results are written to; a pipe gets lines of 120 characters."""
+    out = Console(highlight=False, emoji=False)
+    return out if out.is_terminal else Console(highlight=False, emoji=False, width=120)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Write one JSON document to stdout; what JSON cannot say (NaN) is an error."""
+    sys.stdout.write(json.dumps(plain(document), indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as JSON has them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table without borders but for the line under its head."""
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2),
+    )
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", header_style="dim")
+    return made
+
+
+def shape(sizes: tuple[int | str, ...]) -> str:
+    """A shape as text, dynamic dimensions by name."""
+    return "[" + ", ".join(str(size) for size in sizes) + "]"
+
+
+def mebibytes(count: float) -> str:
+    """Bytes as MiB."""
+    return f"{count / 2**20:,.1f} MiB"
