@@ -68,8 +68,7 @@ class Checkpoint:
         choices = choices or ImageChoices()
         family, spec = self.family, self.architecture(choices)
         self._check_tokenizer(spec)
-        learned = spec.vision.position == "learned"
-        grid = spec.vision.grids[0]
+        learned, grid = spec.vision.position == "learned", spec.vision.grids[0]
         image = image_spec(
             self.files,
             family=spec.family,
