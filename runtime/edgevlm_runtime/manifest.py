@@ -9,14 +9,16 @@ Sources of graph inputs
     A graph input names where its value comes from, and the session feeds it by that name.
     `pixels`             preprocessed pixels of one tile or picture
     `grid`               patch grid of a native-resolution picture
+    `tokens`             token ids                           (of the embedding table)
     `embeds`             rows of the prompt, or of the tokens of this call, embedded [1, T, W]
-    `question_embeds`    embedded text rows of the question, before any picture is encoded
-    `rope_cos`, `rope_sin`   rotary tables, one row per row of this call
+    `question_embeds`    embedded text rows of the prompt [1, Q, W], before any picture is encoded;
+                         where Q is a number the last Q of them, zero rows first if there are fewer
+    `rope_cos`, `rope_sin`   rotary tables, row r for row r of this call; further rows are not read
     `last_slot:GROUP`    int32 [1], used slots + T - 1       (`seqlens_k` of GroupQueryAttention)
     `total:GROUP`        int32 [], used slots + T            (`total_sequence_length`)
     `used:GROUP`         int64 [1], used slots before this call
     `mask:GROUP`         additive float mask [1, 1, T, S + T] over cache slots, then this call's rows
-    `row_valid`          float [1, T, 1], 0 for padding rows
+    `row_valid`          float [1, T, 1], 0 for padding rows, which come last
     `logit_rows`         int64 [R], the rows that logits are wanted for
     `state:NAME`         the state tensor of that name
     `output:NAME`        an output of that name of a graph that ran before
@@ -58,6 +60,8 @@ class GraphSpec:
     number of rows of a static graph, or None where T is dynamic up to `max_rows`. `mask` is
     `causal` (built in) or `additive` (an input, whose closed value is `mask_value`). `grid` is the
     patch grid (height, width) that a static native-resolution vision graph was made for.
+    `dropped` says for a state group how many rows of a call never reach it, because the graph
+    reduces them before the layers of that group; T in the group's inputs is then T less these.
     """
 
     name: str
@@ -73,6 +77,7 @@ class GraphSpec:
     mask: str = "causal"
     mask_value: float = -60000.0
     grid: tuple[int, int] | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,128 @@
+"""What must hold inside a manifest, beyond its structure: every name refers to something."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NoReturn
+
+from edgevlm_runtime.errors import BundleError
+from edgevlm_runtime.manifest import GraphSpec, Manifest, TensorSpec, Variant
+
+# Kinds of input sources, and what the part after the colon names.
+SOURCES = {
+    "pixels": None,
+    "grid": None,
+    "tokens": None,
+    "embeds": None,
+    "question_embeds": None,
+    "rope_cos": None,
+    "rope_sin": None,
+    "row_valid": None,
+    "logit_rows": None,
+    "last_slot": "group",
+    "total": "group",
+    "used": "group",
+    "mask": "group",
+    "state": "state",
+    "output": "output",
+    "constant": "file",
+}
+PHASES = ("prefill", "decode", "verify")
+MASKS = ("causal", "additive")
+DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise `BundleError` at the first name that leads nowhere or value that means nothing."""
+    _known("default_variant", manifest.default_variant, manifest.variants, "variants")
+    for name, variant in manifest.variants.items():
+        _check_variant(f"variants.{name}", variant, manifest.files)
+
+
+def _check_variant(place: str, variant: Variant, files: Collection[str]) -> None:
+    groups = [group.name for group in variant.state]
+    tensors = [tensor for group in variant.state for tensor in group.tensors]
+    _unique(f"{place}.graphs", [graph.name for graph in variant.graphs])
+    _unique(f"{place}.state", groups)
+    _unique(f"{place}.state", [tensor.name for tensor in tensors])
+    outputs = {output.name for graph in variant.graphs for output in graph.outputs}
+    names = {
+        "group": set(groups),
+        "state": {tensor.name for tensor in tensors},
+        "output": outputs,
+        "file": files,
+    }
+    for graph in variant.graphs:
+        at = f"{place}.graphs[{graph.name}]"
+        _check_graph(at, graph, files)
+        for group in graph.dropped:
+            _known(f"{at}.dropped", group, names["group"], "state groups")
+        for tensor in graph.inputs:
+            _check_source(f"{at}.inputs[{tensor.name}].source", tensor.source, names)
+    for state_group in variant.state:
+        _positive(f"{place}.state[{state_group.name}].capacity", [state_group.capacity])
+        for state in state_group.tensors:
+            at = f"{place}.state[{state_group.name}].{state.name}"
+            _known(f"{at}.dtype", state.dtype, DTYPES, "dtypes")
+            _positive(f"{at}.shape", state.shape)
+            if not 0 <= state.axis < len(state.shape):
+                _refuse(f"{at}.axis", f"{state.axis} is not an axis of {len(state.shape)}")
+    if variant.rope and variant.rope.sections:
+        total, num = sum(variant.rope.sections), len(variant.rope.inv_freq)
+        if total != num:
+            _refuse(f"{place}.rope.sections", f"{total} frequencies are given of {num}")
+
+
+def _check_graph(at: str, graph: GraphSpec, files: Collection[str]) -> None:
+    _known(f"{at}.file", graph.file, files, "files")
+    for weight in graph.weights:
+        _known(f"{at}.weights", weight, files, "files")
+    for phase in graph.phases:
+        _known(f"{at}.phases", phase, PHASES, "phases")
+    _known(f"{at}.mask", graph.mask, MASKS, "masks")
+    _positive(f"{at}.rows", [rows for rows in (graph.rows, graph.max_rows) if rows is not None])
+    for kind, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        _unique(f"{at}.{kind}", [tensor.name for tensor in tensors])
+        for tensor in tensors:
+            _check_tensor(f"{at}.{kind}[{tensor.name}]", tensor)
+
+
+def _check_tensor(at: str, tensor: TensorSpec) -> None:
+    _known(f"{at}.dtype", tensor.dtype, DTYPES, "dtypes")
+    _positive(f"{at}.shape", [dim for dim in tensor.shape if isinstance(dim, int)])
+
+
+def _check_source(at: str, source: str, names: dict[str, Collection[str]]) -> None:
+    kind, colon, argument = source.partition(":")
+    _known(at, kind, SOURCES, "sources")
+    refers_to = SOURCES[kind]
+    if (refers_to is None) == bool(colon):
+        what = "takes no name" if refers_to is None else f"takes the name of a {refers_to}"
+        _refuse(at, f"source {kind!r} {what}, got {source!r}")
+    if refers_to:
+        _known(at, argument, names[refers_to], f"{refers_to}s")
+
+
+def _known(place: str, name: str, known: Collection[str], what: str) -> None:
+    if name not in known:
+        listed = ", ".join(sorted(map(repr, known))) if 0 < len(known) < 20 else f"{len(known)}"
+        _refuse(place, f"{name!r} is not one of the {what} ({listed})")
+
+
+def _unique(place: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            _refuse(place, f"{name!r} stands twice")
+
+
+def _positive(place: str, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        if number < 1:
+            _refuse(place, f"{number} is not positive")
+
+
+def _refuse(place: str, message: str) -> NoReturn:
+    raise BundleError(
+        f"manifest.json: {place}: {message}",
+        hint="compile the bundle again, or upgrade edgevlm-runtime",
+    )
