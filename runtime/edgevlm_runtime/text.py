@@ -8,13 +8,14 @@ them: a prompt assembled from what a robot heard or read must not be able to end
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from edgevlm_runtime import structure
 from edgevlm_runtime.chat import (
     Message,
     Messages,
@@ -40,6 +41,8 @@ __all__ = [
     "render",
     "user_message",
 ]
+
+POSITIONS = ("sequential", "mrope")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,12 +77,21 @@ class TextSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
-        return asdict(self)
+        data: dict[str, Any] = structure.to_json(self)
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TextSpec:
         """Read the manifest's `text`; what is unknown, missing or wrong is a `BundleError`."""
-        raise NotImplementedError
+        spec = structure.from_json(cls, data, "manifest.json: text")
+        if spec.positions not in POSITIONS:
+            known = " or ".join(repr(name) for name in POSITIONS)
+            raise BundleError(
+                f"manifest.json: text.positions: expected {known}, got {spec.positions!r}"
+            )
+        if not spec.image_token:
+            raise BundleError("manifest.json: text.image_token: it is empty")
+        return spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

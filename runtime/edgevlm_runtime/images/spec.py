@@ -6,9 +6,12 @@ checkpoint's processor files, and is all that the runtime knows about preprocess
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, get_type_hints
+
+from edgevlm_runtime import structure
+from edgevlm_runtime.errors import BundleError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,7 @@ Geometry = FixedGeometry | TiledGeometry | NativeGeometry
 GEOMETRIES: dict[str, type[FixedGeometry | TiledGeometry | NativeGeometry]] = {
     geometry.kind: geometry for geometry in (FixedGeometry, TiledGeometry, NativeGeometry)
 }
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
@@ -95,7 +99,7 @@ class ConversionRules:
     background: tuple[int, int, int] = (255, 255, 255)
     sixteen_bit_divisor: int = 257
     exif_transpose: bool = True
-    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP")
+    formats: tuple[str, ...] = FORMATS
     max_pixels: int = 25_000_000
     max_bytes: int = 100_000_000
 
@@ -119,14 +123,29 @@ class ImageSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest; `geometry` carries its kind."""
-        data = asdict(self)
+        data: dict[str, Any] = structure.to_json(self)
         data["geometry"] = {"kind": self.geometry.kind, **data["geometry"]}
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ImageSpec:
         """Read the manifest's `image`; what is unknown, missing or wrong is a `BundleError`."""
-        raise NotImplementedError
+        kinds = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            if name not in kinds:
+                raise BundleError(f"{_PLACE}: unknown key {name!r}")
+            place = f"{_PLACE}.{name}"
+            if name == "geometry":
+                values[name] = _geometry(value, place)
+            else:
+                values[name] = structure.from_json(kinds[name], value, place)
+        for known in fields(cls):
+            if known.name not in values and known.default_factory is MISSING:
+                raise BundleError(f"{_PLACE}: missing key {known.name!r}")
+        spec = cls(**values)
+        _check(spec)
+        return spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,3 +166,61 @@ class ImageLayout:
     def num_tokens(self) -> int:
         """Visual tokens of the whole picture."""
         return sum(self.tokens)
+
+
+_PLACE = "manifest.json: image"
+
+
+def _geometry(data: Any, place: str) -> Geometry:
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if kind not in GEOMETRIES:
+        known = ", ".join(repr(name) for name in GEOMETRIES)
+        raise BundleError(f"{place}.kind: expected one of {known}, got {kind!r}")
+    rest = {name: value for name, value in data.items() if name != "kind"}
+    return structure.from_json(GEOMETRIES[kind], rest, place)
+
+
+def _check(spec: ImageSpec) -> None:
+    """Refuse values that the types allow and that mean nothing."""
+    for place, problem in _problems(spec):
+        raise BundleError(f"{_PLACE}.{place}: {problem}")
+
+
+def _problems(spec: ImageSpec) -> Iterator[tuple[str, str]]:
+    geometry, rules = spec.geometry, spec.rules
+    num_tokens = 1
+    if isinstance(geometry, FixedGeometry):
+        sizes = (geometry.shortest_edge or 1, *(geometry.size or ()), *(geometry.crop or ()))
+        if geometry.shortest_edge is not None and geometry.size is not None:
+            yield "geometry", "shortest_edge and size exclude each other"
+        if geometry.size is None and geometry.crop is None:
+            yield "geometry", "the size of the tensor depends on the picture"
+    elif isinstance(geometry, TiledGeometry):
+        sizes = (geometry.longest_edge, geometry.tile)
+    else:
+        sizes = (geometry.patch, geometry.merge, geometry.temporal_patch, geometry.min_pixels)
+        sizes += tuple(side for grid in geometry.grids for side in grid)
+        num_tokens = len(geometry.grids)
+        if not geometry.grids:
+            yield "geometry.grids", "expected at least one"
+        if geometry.max_pixels < geometry.min_pixels:
+            yield "geometry.max_pixels", f"{geometry.max_pixels} is below min_pixels"
+        for grid in geometry.grids:
+            if any(side % max(geometry.merge, 1) for side in grid):
+                yield "geometry.grids", f"{list(grid)} is not made of squares of {geometry.merge}"
+    if min(sizes) < 1:
+        yield "geometry", f"{min(sizes)} is not a size"
+    if spec.resample not in RESAMPLES:
+        known = ", ".join(repr(name) for name in RESAMPLES)
+        yield "resample", f"expected one of {known}, got {spec.resample!r}"
+    if (spec.mean is None) != (spec.std is None) or 0 in (spec.std or ()):
+        yield "std", f"{spec.std} does not go with mean {spec.mean}"
+    if len(spec.tokens) != num_tokens or min(spec.tokens) < 1:
+        yield "tokens", f"expected {num_tokens} positive numbers, got {list(spec.tokens)}"
+    if not all(0 <= value <= 255 for value in rules.background):
+        yield "rules.background", f"{list(rules.background)} is not a colour"
+    if min(rules.sixteen_bit_divisor, rules.max_pixels, rules.max_bytes) < 1:
+        yield "rules", "the divisor and the bounds must be positive"
+    if not rules.formats or set(rules.formats) - set(FORMATS):
+        known = ", ".join(repr(name) for name in FORMATS)
+        yield "rules.formats", f"expected some of {known}, got {list(rules.formats)}"
