@@ -68,12 +68,12 @@ class Checkpoint:
         choices = choices or ImageChoices()
         family, spec = self.family, self.architecture(choices)
         self._check_tokenizer(spec)
-        learned, grid = spec.vision.position == "learned", spec.vision.grids[0]
+        native, grid = spec.vision.position == "rotary", spec.vision.grids[0]
         image = image_spec(
             self.files,
             family=spec.family,
-            tokens=spec.image_tokens(grid) if learned else None,
-            size=spec.vision.pixels_shape(grid)[1:] if learned else None,
+            tokens=None if native else spec.image_tokens(grid),
+            size=None if native else spec.vision.pixels_shape(grid)[1:],
             choices=choices,
         )
         text = text_spec(

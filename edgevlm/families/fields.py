@@ -133,7 +133,7 @@ class Fields:
         values = self.take(name, dict)
         return Fields(values, family=self.family, where=f"{self.where}{name}.", file=self.file)
 
-    def split(self, name: str, fields: frozenset[str]) -> Fields:
+    def split(self, fields: frozenset[str]) -> Fields:
         """The fields of a section that an old config writes flat into this one."""
         self._read.update(fields)
         values = {key: value for key, value in self._values.items() if key in fields}

@@ -16,6 +16,7 @@ from edgevlm.model.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec, Visi
 class EncoderKind:
     """What sets one encoder apart, and what its section means where it says nothing."""
 
+    position: str
     class_token: bool
     pre_norm: bool
     patch_bias: bool
@@ -27,6 +28,7 @@ class EncoderKind:
 
 
 CLIP = EncoderKind(
+    position="learned",
     class_token=True,
     pre_norm=True,
     patch_bias=False,
@@ -37,6 +39,7 @@ CLIP = EncoderKind(
     layer_norm_eps=1e-5,
 )
 SIGLIP = EncoderKind(
+    position="learned",
     class_token=False,
     pre_norm=False,
     patch_bias=True,
@@ -47,6 +50,7 @@ SIGLIP = EncoderKind(
     layer_norm_eps=1e-6,
 )
 IDEFICS3 = EncoderKind(
+    position="bucketed",
     class_token=False,
     pre_norm=False,
     patch_bias=True,
@@ -117,8 +121,7 @@ def encoder_spec(
         patch_size=patch_size,
         grids=((image_size // patch_size, image_size // patch_size),),
         layers=(layer,) * max(states),
-        position="learned",
-        num_positions=(image_size // patch_size) ** 2 + int(kind.class_token),
+        position=kind.position,
         feature_layers=states,
         patch_bias=kind.patch_bias,
         class_token=kind.class_token,

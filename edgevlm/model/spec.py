@@ -109,11 +109,12 @@ class VisionSpec:
     `grids` are the patch grids it is built for: one for a fixed image size, one per vision graph
     for native resolution. `pixels` is the layout of one picture: `image` [C, H, W], or `patches`
     [rows, C * temporal * patch * patch], in squares of `merge` x `merge` patches. `position` is
-    `learned` (a table of `num_positions` rows, of which `position_rows` are used, None for all in
-    order) or `rotary` (2-D, in attention, with base `rotary_theta`). `window` is the side of a
-    window in patches. `feature_layers` index the hidden states (0 is the embedding, i the output of
-    layer i) whose concatenation leaves the encoder; `norm` acts on the last one. `drop_first_row`
-    leaves out the class token (without one, the first patch, as transformers does).
+    `learned` (a table of one row per patch, and one for the class token), `bucketed` (such a table,
+    whose rows are found as transformers finds them for Idefics3) or `rotary` (2-D, in attention,
+    with base `rotary_theta`). `window` is the side of a window in patches. `feature_layers` index
+    the hidden states (0 is the embedding, i the output of layer i) whose concatenation leaves the
+    encoder; `norm` acts on the last one. `drop_first_row` leaves out the class token (without one,
+    the first patch, as transformers does).
     """
 
     width: int
@@ -124,8 +125,6 @@ class VisionSpec:
     position: str
     feature_layers: tuple[int, ...]
     pixels: str = "image"
-    num_positions: int = 0
-    position_rows: tuple[int, ...] | None = None
     patch_bias: bool = False
     class_token: bool = False
     drop_first_row: bool = False
@@ -135,6 +134,12 @@ class VisionSpec:
     merge: int = 1
     window: int = 0
     rotary_theta: float = 10000.0
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table of positions."""
+        height, width = self.grids[0]
+        return height * width + int(self.class_token)
 
     @property
     def out_width(self) -> int:

@@ -17,8 +17,8 @@ from edgevlm_export.ops import attention, rotary
 class Position(nn.Module):
     """Adds one learned row to each row."""
 
-    def __init__(self, num_positions: int, width: int, rows: tuple[int, ...] | None) -> None:
-        """Hold the table, and which of its rows are used."""
+    def __init__(self, num_positions: int, width: int, rows: list[int] | None) -> None:
+        """Hold the table, and which of its rows are used where that is not all in order."""
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_positions, width))
         self.rows = rows
@@ -49,8 +49,9 @@ class Embed(nn.Module):
             )
         self.class_token = nn.Parameter(torch.zeros(spec.width)) if spec.class_token else None
         self.position = None
-        if spec.position == "learned":
-            self.position = Position(spec.num_positions, spec.width, spec.position_rows)
+        if spec.position != "rotary":
+            rows = bucketed_rows(spec.grids[0]) if spec.position == "bucketed" else None
+            self.position = Position(spec.num_positions, spec.width, rows)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels [N, C, H, W] or [N, rows, values] to [N, rows, W]."""
@@ -143,7 +144,7 @@ class Vision(nn.Module):
 
 def grid_tables(spec: VisionSpec, grid: tuple[int, int]) -> GridTables | None:
     """The tables of a grid, or None where the encoder has a table of positions instead."""
-    if spec.position == "learned":
+    if spec.position != "rotary":
         return None
     merge, (height, width) = spec.merge, grid
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -171,3 +172,19 @@ def grid_tables(spec: VisionSpec, grid: tuple[int, int]) -> GridTables | None:
         sin=angles.sin(),
         windows=windows,
     )
+
+
+def bucketed_rows(grid: tuple[int, int]) -> list[int] | None:
+    """The table rows that the patches of a whole tile use in Idefics3; None is all in order.
+
+    transformers sorts a patch's place, as a fraction of the tile, into buckets in float32. For some
+    grids (19, 25, 29, ...) rounding takes a patch for its neighbour, so the same torch operations
+    must decide here.
+    """
+    side = grid[0]
+    with torch.device("cpu"):
+        borders = torch.arange(1 / side, 1.0, 1 / side)
+        places = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))
+        buckets = torch.bucketize(torch.clamp(places, max=1.0 - 1e-6), borders, right=True)
+        rows: list[int] = (buckets[:, None] * side + buckets).flatten().tolist()
+    return None if rows == list(range(side**2)) else rows

@@ -1,0 +1,220 @@
+"""Qwen2.5-VL: a ViT of windows at native resolution, a patch merger, and Qwen2 with M-RoPE.
+
+Pictures of any size would need a graph of any shape. A bundle has one vision graph for each patch
+grid that the recipe chooses, and the positions and windows of that grid are constants in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edgevlm.errors import ModelError
+from edgevlm.families.fields import Fields
+from edgevlm.families.image_spec import ImageChoices
+from edgevlm.families.llava import text_weights
+from edgevlm.families.text import ACTIVATIONS, decoder_spec
+from edgevlm.families.weights import Section, Source, Weights, linear, norm, same
+from edgevlm.model.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    NormSpec,
+    ProjectorSpec,
+    VisionSpec,
+    VlmSpec,
+)
+
+EXPANSION = "plain"
+POSITIONS = "mrope"
+
+# transformers writes this number into its vision code.
+VISION_NORM = NormSpec(kind="rms", eps=1e-6)
+
+SECTIONS = (
+    Section(name="projector", pattern=r"(model\.)?visual\.merger\.", prefix="model.visual.merger."),
+    Section(name="vision", pattern=r"(model\.)?visual\.", prefix="model.visual."),
+    Section(name="head", pattern=r"lm_head\.", prefix="lm_head."),
+    Section(
+        name="text",
+        pattern=r"model\.(language_model\.)?",
+        prefix="model.language_model.",
+    ),
+)
+
+# What an old config writes into the top level, where a new one has a text section.
+TEXT_FIELDS = frozenset(
+    [
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "use_sliding_window",
+        "vocab_size",
+    ]
+)
+
+
+def spec(config: Mapping[str, Any], files: Mapping[str, bytes], choices: ImageChoices) -> VlmSpec:
+    """Read a qwen2_5_vl config."""
+    top = Fields(config, family="qwen2_5_vl")
+    tied = top.take("tie_word_embeddings", bool, False)
+    if "text_config" in top:
+        text_fields = top.section("text_config")
+        tied = text_fields.take("tie_word_embeddings", bool, False) or tied
+    else:
+        text_fields = top.split(TEXT_FIELDS)
+    # Fields of pictures as tokens, which only the tokenizer's side uses.
+    ids = ("image_token_id", "video_token_id", "vision_end_token_id", "vision_start_token_id")
+    text_fields.ignore(*ids, "vision_token_id")
+    decoder = decoder_spec(text_fields, "qwen2_5_vl_text", tied=tied)
+    vision_fields = top.section("vision_config")
+    out_width = vision_fields.take("out_hidden_size", int, 3584)
+    vision = _vision(vision_fields, choices)
+    if out_width != decoder.width:
+        raise ModelError(
+            f"config.json: the vision encoder gives {out_width} numbers a row, and the decoder "
+            f"takes {decoder.width}",
+            hint="take config.json from the checkpoint's own repository",
+        )
+    image_token_id = top.take("image_token_id", int, 151655)
+    top.ignore(*ids, "text_config", "vision_token_id")
+    top.finish()
+    return VlmSpec(
+        family="qwen2_5_vl",
+        vision=vision,
+        projector=ProjectorSpec(
+            kind="patch_merger",
+            in_width=vision.width,
+            hidden_width=vision.width * vision.merge**2,
+            out_width=out_width,
+            activation="gelu",
+            bias=True,
+            merge=vision.merge,
+            norm=VISION_NORM,
+        ),
+        decoder=decoder,
+        image_token_id=image_token_id,
+    )
+
+
+def weights(spec: VlmSpec) -> Weights:
+    """Where each weight comes from."""
+    return Weights(
+        sections=SECTIONS,
+        sources=dict(_sources(spec)),
+        unused=(r"(text\.layers\.\d+\.self_attn|vision)\.\w+\.inv_freq",),
+        copies={"head.weight": "embedding.weight"} if spec.decoder.tied else {},
+    )
+
+
+def _vision(fields: Fields, choices: ImageChoices) -> VisionSpec:
+    """Read the vision section, all of it."""
+    width = fields.take("hidden_size", int, 3584)
+    num_heads = fields.take("num_heads", int, 16)
+    patch = fields.take("patch_size", int, 14)
+    merge = fields.take("spatial_merge_size", int, 2)
+    channels = fields.take("in_channels", int, 3)
+    window = fields.take("window_size", int, 112) // merge // patch * merge
+    rope = fields.section("rope_parameters") if "rope_parameters" in fields else None
+    theta = 10000.0
+    if rope is not None:
+        rope.only("rope_type", "axial", "default")
+        rope.only("type", "axial", "default")
+        theta = rope.take("rope_theta", float, theta)
+        rope.finish()
+    # Old configs say these twice; time is of videos.
+    fields.only("in_chans", channels)
+    fields.only("spatial_patch_size", patch)
+    fields.ignore("rope_parameters", "tokens_per_second")
+    full = set(fields.take("fullatt_block_indexes", list, [7, 15, 23, 31]))
+    attention = AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=width // num_heads,
+        scale=(width // num_heads) ** -0.5,
+        qkv_bias=True,
+        out_bias=True,
+    )
+    mlp = MlpSpec(
+        width=fields.take("intermediate_size", int, 3420),
+        activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
+        gated=True,
+        bias=True,
+    )
+    vision = VisionSpec(
+        width=width,
+        num_channels=channels,
+        patch_size=patch,
+        grids=_grids(choices, merge),
+        layers=tuple(
+            LayerSpec(
+                mixer="attention" if index in full else "window_attention",
+                attention=attention,
+                mlp=mlp,
+                norm1=VISION_NORM,
+                norm2=VISION_NORM,
+            )
+            for index in range(fields.take("depth", int, 32))
+        ),
+        position="rotary",
+        feature_layers=(fields.take("depth", int, 32),),
+        pixels="patches",
+        temporal_patch_size=fields.take("temporal_patch_size", int, 2),
+        merge=merge,
+        window=window,
+        rotary_theta=theta,
+    )
+    fields.finish()
+    return vision
+
+
+def _grids(choices: ImageChoices, merge: int) -> tuple[tuple[int, int], ...]:
+    """The patch grids to build for."""
+    if not choices.grids:
+        raise ModelError(
+            "family 'qwen2_5_vl' takes pictures of any size, and no grids are chosen",
+            hint="list the patch grids to compile for, such as [32, 32], in the recipe",
+        )
+    for height, width in choices.grids:
+        if height % merge or width % merge or min(height, width) < merge:
+            raise ModelError(
+                f"a grid of {height} x {width} patches does not divide into squares of "
+                f"{merge} x {merge}",
+                hint=f"choose multiples of {merge}",
+            )
+    return choices.grids
+
+
+def _sources(spec: VlmSpec) -> Iterable[tuple[str, Source]]:
+    """Ours, and theirs relative to their sections."""
+    vision = spec.vision
+    # A convolution whose kernel is the patch is a linear map of the flattened patch.
+    kernel = (vision.num_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    yield (
+        "vision.embed.patch.weight",
+        same("vision.patch_embed.proj.weight", shape=(vision.width, *kernel)),
+    )
+    for index, layer in enumerate(vision.layers):
+        ours, theirs = f"vision.layers.{index}", f"vision.blocks.{index}"
+        yield from norm(f"{ours}.norm1", f"{theirs}.norm1", layer.norm1)
+        yield from linear(f"{ours}.attention.qkv", f"{theirs}.attn.qkv", bias=True)
+        yield from linear(f"{ours}.attention.out", f"{theirs}.attn.proj", bias=True)
+        yield from norm(f"{ours}.norm2", f"{theirs}.norm2", layer.norm2)
+        for name in ("gate", "up", "down"):
+            yield from linear(f"{ours}.mlp.{name}", f"{theirs}.mlp.{name}_proj", bias=True)
+    yield from norm("projector.norm", "projector.ln_q", VISION_NORM)
+    yield from linear("projector.up", "projector.mlp.0", bias=True)
+    yield from linear("projector.down", "projector.mlp.2", bias=True)
+    yield from text_weights(spec)
