@@ -46,11 +46,14 @@ __all__ = [
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+GridSide = Annotated[int, Field(ge=1)]
+
+
 class ImageOptions(Options):
     """How pictures are cut; absent: as the checkpoint's processor does."""
 
     split: bool | None = Field(None, description="Split a large picture into tiles.")
-    grids: tuple[tuple[int, int], ...] | None = Field(
+    grids: tuple[tuple[GridSide, GridSide], ...] | None = Field(
         None,
         min_length=1,
         description="Patch grids (height, width) of a native-resolution encoder; one vision graph "
@@ -188,7 +191,7 @@ class Recipe(Options):
         description="A checkpoint: a folder, relative to this file, or a Hugging Face id.",
     )
     revision: str | None = Field(
-        None, min_length=1, description="Commit of a Hugging Face id; without one, the newest."
+        None, min_length=1, description="Commit of a Hugging Face id, which must be pinned."
     )
     device: str = Field(min_length=1, description="The name of a file in devices/.")
     targets: tuple[str, ...] | None = Field(
