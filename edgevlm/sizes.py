@@ -71,12 +71,11 @@ def _alive(layer: LayerSpec, width: int, rows: int, seen: int) -> int:
 
 
 def _vision(spec: VisionSpec) -> int:
-    height, width = spec.grids[0]
     embed = spec.width * spec.patch_width + (spec.width if spec.patch_bias else 0)
     if spec.class_token:
         embed += spec.width
-    if spec.position == "learned":
-        embed += spec.width * (height * width + int(spec.class_token))
+    if spec.position != "rotary":
+        embed += spec.width * spec.num_positions
     return (
         embed
         + sum(_norm(norm, spec.width) for norm in (spec.pre_norm, spec.norm) if norm is not None)
