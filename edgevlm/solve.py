@@ -21,6 +21,9 @@ __all__ = ["Decision", "Outcome", "Settled", "refuse", "round_up", "settle"]
 
 Outcome = Literal["applied", "degraded", "refused"]
 
+# What a recipe's dtype may be; integer weights are what passes ask for.
+FLOATS = frozenset({"float32", "float16", "bfloat16"})
+
 # Rows of a conversation besides its pictures, where the recipe does not say how many it wants.
 TEXT_ROWS = 512
 PICTURES = 2
@@ -145,17 +148,18 @@ def _target(name: str, form: Form, device: Device) -> Decision:
 
 
 def _dtype(recipe: Recipe, device: Device, targets: Sequence[str]) -> tuple[str, list[Decision]]:
-    """One type for weights and activations; integer weights are what passes ask for."""
+    """One type for weights and activations."""
     decisions = []
     for target in targets:
-        has = [fact.weight for fact in device.dtypes_of(target) if fact.weight == fact.activation]
+        facts = device.dtypes_of(target)
+        has = [fact.weight for fact in facts if fact.weight == fact.activation in FLOATS]
         if recipe.dtype is not None and recipe.dtype not in has:
             decisions.append(
                 Decision(
                     asked=f"dtype {recipe.dtype!r}",
                     outcome="refused",
                     reason=f"{device.name} computes in {', '.join(has)} on target {target!r}",
-                    effect=f"set dtype to {has[0]}, or leave it out",
+                    effect=f"set dtype to {' or '.join(has)}, or leave it out",
                 )
             )
     usual = device.dtypes[0].weight

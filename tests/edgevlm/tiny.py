@@ -78,7 +78,7 @@ def tiny_spec(*, tied: bool = True, vision_bias: bool = True, head_norms: bool =
             position="learned",
             feature_layers=(1,),
             class_token=True,
-            drop_class_token=True,
+            drop_first_row=True,
             pre_norm=LAYER_NORM,
         ),
         projector=ProjectorSpec(
@@ -111,7 +111,7 @@ def native_spec(*grids: tuple[int, int]) -> VlmSpec:
             pixels="patches",
             position="rotary",
             class_token=False,
-            drop_class_token=False,
+            drop_first_row=False,
             pre_norm=None,
             merge=2,
             window=4,
@@ -134,10 +134,10 @@ def drawn(spec: VlmSpec, seed: int = 0) -> Vlm:
     """The model of a spec; norms have weights far from one, and biases far from zero."""
     import torch
 
-    from edgevlm.model.vlm import build
+    from edgevlm.model.vlm import Vlm
 
     generator = torch.Generator().manual_seed(seed)
-    model = build(spec)
+    model = Vlm(spec).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
