@@ -1,8 +1,9 @@
 """Gates: how far a rung may be from its parent before a compile fails.
 
-The limits below are for float32 forms of one model, where only the order of additions differs.
-Errors are in units of max(1, std of the reference tensor). A recipe may tighten a limit; to loosen
-one it has to give a reason, which the manifest repeats.
+The bounds of a recipe hold for every rung. Our eager model answers to a tighter one, because it
+runs the same torch kernels as the reference. Errors are in units of max(1, std of the reference).
+A token that differs where the reference's two best logits are further apart than a tie is never
+allowed between float32 forms of one model, whatever a recipe says.
 """
 
 from __future__ import annotations
@@ -10,53 +11,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-DEFAULT_LIMITS: Mapping[str, float] = {
-    # Our eager model against the Hugging Face class: the same torch kernels in another order.
-    "ours.vision": 1e-4,
-    "ours.projector": 1e-4,
-    "ours.decoder": 1e-4,
-    "ours.kl": 1e-6,
-    "ours.flips": 0.0,
-    # A graph against our eager model: other kernels, other blocking, fused norms and softmax.
-    "graph.vision": 5e-4,
-    "graph.projector": 5e-4,
-    "graph.decoder": 5e-4,
-    "graph.kl": 1e-6,
-    "graph.flips": 0.0,
-    # The runtime's own greedy answers against the Hugging Face model's.
-    "runtime.flips": 0.0,
-}
+from edgevlm.recipe import Gates
+
+EAGER_MAX_ERROR = 1e-4
+FLOORS = frozenset({"cosine", "argmax_agreement", "token_agreement"})
+"""Gates whose bound is the least allowed; that of the others is the most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """One limit: `measured` must not be above `limit`."""
+    """A bound and the figure held against it; `reason` says why the bound is looser than usual."""
 
     name: str
     measured: float
-    limit: float
+    bound: float
     reason: str | None = None
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether the figure may not fall below the bound, rather than rise above it."""
+        return self.name.split(".")[-1] in FLOORS
 
     @property
     def passed(self) -> bool:
         """Whether the figure holds; NaN does not."""
-        return self.measured <= self.limit
+        return self.measured >= self.bound if self.is_floor else self.measured <= self.bound
+
+
+def limits(gates: Gates) -> dict[str, dict[str, float]]:
+    """The bounds of each kind of rung, from a recipe's."""
+    shared = {**gates.model_dump(), "flips": 0.0}
+    return {
+        "model": {**shared, "max_error": min(gates.max_error, EAGER_MAX_ERROR)},
+        "graph": shared,
+        "runtime": {name: shared[name] for name in ("token_agreement", "accuracy_drop", "flips")},
+    }
 
 
 def judge(
-    kind: str,
-    measured: Mapping[str, float],
-    limits: Mapping[str, float],
-    reasons: Mapping[str, str],
+    measured: Mapping[str, float], bounds: Mapping[str, float], loosened: Mapping[str, str]
 ) -> tuple[Gate, ...]:
-    """Hold figures (`vision`, `kl`, ...) of a rung of this kind against the limits they have."""
+    """Hold figures such as `decoder.max_error` against the bounds they have."""
     return tuple(
         Gate(
-            name=f"{kind}.{part}",
+            name=name,
             measured=value,
-            limit=limits[f"{kind}.{part}"],
-            reason=reasons.get(f"{kind}.{part}"),
+            bound=bounds[name.split(".")[-1]],
+            reason=loosened.get(name.split(".")[-1]),
         )
-        for part, value in measured.items()
-        if f"{kind}.{part}" in limits
+        for name, value in measured.items()
+        if name.split(".")[-1] in bounds
     )

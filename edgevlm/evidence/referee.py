@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgevlm.checkpoint import Checkpoint
+from edgevlm.checkpoint import Checkpoint, load
+from edgevlm.errors import ModelError
 from edgevlm.evidence.witness import Question, Witness
+from edgevlm.model.loading import reference_weights
 
 _Feeds = Sequence[Mapping[str, NDArray[Any]]]
 
@@ -57,9 +59,9 @@ class Referee:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Load the checkpoint's class from transformers, converted to float32."""
-        self._seams = SEAMS[checkpoint.spec().family]
-        self.model: nn.Module = checkpoint.reference_model()
-        self._projector = self.model.get_submodule(self._seams.projector)
+        self._seams = SEAMS[str(checkpoint.config["model_type"])]
+        self.model: Any = reference_model(checkpoint)
+        self._projector: nn.Module = self.model.get_submodule(self._seams.projector)
 
     @torch.inference_mode()
     def answer(self, question: Question, *, max_new_tokens: int) -> Witness:
@@ -112,7 +114,7 @@ class Referee:
         return self._run(inputs, max_new_tokens)
 
     def _run(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> Any:
-        return self.model.generate(  # type: ignore[operator]
+        return self.model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
             do_sample=False,
@@ -122,8 +124,49 @@ class Referee:
         )
 
     def _end_tokens(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        ends = self.model.generation_config.eos_token_id
         return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def reference_model(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's class from transformers, in float32, on the CPU.
+
+    A checkpoint whose weights are drawn has no file to load: the class gets views of our weights.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+    if checkpoint.seed is None:
+        return AutoModelForImageTextToText.from_pretrained(
+            checkpoint.folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    spec = checkpoint.architecture()
+    weights = dict(reference_weights(load(checkpoint, spec), checkpoint.family.weights(spec)))
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    if missing or unexpected:
+        raise ModelError(
+            f"{type(model).__name__} and {checkpoint.source} differ in the weight "
+            f"{[*missing, *unexpected][0]!r}",
+            hint="report this: a family's table of weight names is wrong",
+        )
+    model.tie_weights()
+    _fill_buffers(model)
+    if "generation_config.json" in checkpoint.files:
+        model.generation_config = GenerationConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True
+        )
+    return model.eval()
+
+
+def _fill_buffers(model: nn.Module) -> None:
+    """Make the buffers that no checkpoint holds (rotary frequencies, position ids) real."""
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            fresh = type(module)(module.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                module.register_buffer(name, buffer, persistent=False)
 
 
 def _per_call(features: list[torch.Tensor], calls: int) -> tuple[NDArray[np.float32], ...]:

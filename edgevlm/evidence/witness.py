@@ -8,27 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edgevlm_runtime.image import ImageSource, ImageSpec, PreparedImage, load_image, prepare
+from edgevlm.samples import Sample
+from edgevlm_runtime.image import ImageSpec, PreparedImage, load_image, prepare
 from edgevlm_runtime.text import EncodedPrompt, TextSpec, encode_prompt
-
-
-class Sample(Protocol):
-    """A sample of calibration or evaluation data (`edgevlm.scenes`, or a user's folder)."""
-
-    @property
-    def images(self) -> Sequence[ImageSource]: ...  # noqa: D102
-    @property
-    def messages(self) -> Sequence[Mapping[str, object]]: ...  # noqa: D102
-    @property
-    def answers(self) -> Sequence[str]: ...  # noqa: D102
-    @property
-    def task(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

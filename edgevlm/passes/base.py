@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgevlm.device import Device
-    from edgevlm.evidence.witness import Sample
+    from edgevlm.samples import Sample
     from edgevlm.model.spec import VlmSpec
     from edgevlm.model.vlm import Vlm
 

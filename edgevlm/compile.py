@@ -1,0 +1,268 @@
+"""`compile_recipe`: the whole way from a recipe to a published bundle.
+
+    recipe -> plan -> model -> passes -> graphs -> evidence -> manifest -> one rename
+
+Every stage is kept in the stage cache under the hash of what went into it, so a compile that was
+killed goes on where it stopped, and a bundle is absent or whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from edgevlm.cache import StageCache, code_version, default_root, digest, file_digest
+from edgevlm.checkpoint import load, open_checkpoint
+from edgevlm.evidence.exam import prepare_exam
+from edgevlm.evidence.gates import limits
+from edgevlm.evidence.gather import Subject, eager_witnesses, gather, reference_witnesses
+from edgevlm.evidence.ladder import Climb
+from edgevlm.graphs import manifest_variant, write_graphs
+from edgevlm.model.vlm import Vlm
+from edgevlm.passes.base import Applied, Context
+from edgevlm.passes.stages import chain, run_stages
+from edgevlm.plan import Plan, image_choices, make_plan, recipe_device
+from edgevlm.progress import Progress, Silent
+from edgevlm.publish import publishing
+from edgevlm.recipe import Recipe
+from edgevlm.samples import Sample, draw_samples, score_answers
+from edgevlm.solve import refuse
+from edgevlm_runtime._version import __version__
+from edgevlm_runtime.manifest import FORMAT_VERSION, FileEntry, Manifest, ModelInfo
+from edgevlm_runtime.structure import to_json
+
+HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def compile_recipe(
+    recipe: Recipe, out: Path, *, cache: StageCache | None = None, progress: Progress | None = None
+) -> Path:
+    """Compile a recipe into a bundle at `out`, and return that path.
+
+    Raises the errors of `edgevlm.errors`: a recipe or a checkpoint that is wrong, a device that
+    lacks something, a gate of evidence that fails. Then `out` stays as it was.
+    """
+    job = Job(recipe, cache or StageCache(root=default_root()), progress or Silent())
+    refuse(job.plan.decisions)
+    with publishing(out) as staging:
+        job.fill(staging)
+    job.cache.prune()
+    return out
+
+
+class Job:
+    """One compile: what each stage needs, made when it is first asked for."""
+
+    def __init__(self, recipe: Recipe, cache: StageCache, progress: Progress) -> None:
+        """Read the recipe's checkpoint and plan; no weights yet."""
+        self.recipe, self.cache, self.progress = recipe, cache, progress
+        self.checkpoint = open_checkpoint(recipe.source, recipe.revision)
+        self._spec = self.checkpoint.spec(image_choices(recipe))
+        self.plan: Plan = make_plan(recipe, recipe_device(recipe), self._spec)
+        self._passed: tuple[Vlm, tuple[Applied, ...]] | None = None
+
+    @cached_property
+    def checkpoint_key(self) -> str:
+        """Hash of the checkpoint's content and of the code that reads it."""
+        files = {name: digest(content) for name, content in self.checkpoint.files.items()}
+        shards = [file_digest(shard) for shard in self.checkpoint.shards]
+        return digest(code_version(), files, shards, self.recipe.image)
+
+    @cached_property
+    def model_key(self) -> str:
+        """Hash of the model after its passes."""
+        return chain(self.checkpoint_key, self.recipe.passes)
+
+    @cached_property
+    def graphs_key(self) -> str:
+        """Hash of the written graphs."""
+        return digest(self.model_key, self.plan.variants)
+
+    def fill(self, staging: Path) -> None:
+        """Write the whole bundle into an empty folder.
+
+        The reference and our model answer before graphs are opened: one copy of the weights at a
+        time is what fits beside a large model.
+        """
+        subject, climb = self._subject(staging), self._climb()
+        reference = reference_witnesses(subject, climb)
+        graphs = self.cache.build("graphs", self.graphs_key, self._write_graphs)
+        changes = self.cache.json("changes", self.model_key, self._changes)
+        eager_witnesses(subject, climb, reference)
+        self._passed = None
+        gc.collect()
+        with self.progress.stage("files", 1) as advance:
+            for path in sorted(graphs.iterdir()):
+                shutil.copyfile(path, staging / path.name)
+            for name in HF_FILES:
+                if name in self.checkpoint.files:
+                    (staging / name).write_bytes(self.checkpoint.files[name])
+            files = file_entries(staging)
+            advance(1)
+        provenance = self._provenance(changes["changes"])
+        write_manifest(staging, self._manifest(files, provenance))
+        rungs = gather(subject, climb)
+        evidence = {"samples": self._samples_note(climb), "rungs": [r.to_json() for r in rungs]}
+        write_manifest(staging, self._manifest(files, {**provenance, "evidence": evidence}))
+
+    def model(self) -> Vlm:
+        """The model after its passes; held until `fill` lets it go."""
+        return self._run_passes()[0]
+
+    def _run_passes(self) -> tuple[Vlm, tuple[Applied, ...]]:
+        if self._passed is None:
+            with self.progress.stage("load", 1) as advance:
+                model = load(self.checkpoint, self._spec)
+                advance(1)
+            steps = self.recipe.passes
+            context = Context(device=self.plan.device, seed=self.recipe.seed, probe=probe)
+            with self.progress.stage("passes", len(steps)) as advance:
+                self._passed = run_stages(steps, model, context, self.cache, self.checkpoint_key)
+                advance(len(steps))
+        return self._passed
+
+    def _write_graphs(self, folder: Path) -> None:
+        write_graphs(self.model(), self.plan, folder, self.progress)
+
+    def _changes(self) -> dict[str, Any]:
+        applied = self._run_passes()[1]
+        return {
+            "changes": [
+                {"pass": entry.step.name, "options": entry.step.model_dump(mode="json")}
+                | asdict(entry.change)
+                for entry in applied
+            ]
+        }
+
+    def _subject(self, staging: Path) -> Subject:
+        return Subject(
+            checkpoint=self.checkpoint,
+            checkpoint_key=self.checkpoint_key,
+            model=self.model,
+            model_key=self.model_key,
+            plan=self.plan,
+            folder=staging,
+            graphs_key=self.graphs_key,
+        )
+
+    def _climb(self) -> Climb:
+        options = self.recipe.evidence
+        drawn = self.checkpoint.seed is not None
+        exam = prepare_exam(
+            self._samples(),
+            self._spec.image,
+            self._spec.text,
+            Tokenizer.from_str(self.checkpoint.files["tokenizer.json"].decode()),
+            end_tokens=frozenset(self._spec.generation.eos_token_ids),
+            max_new_tokens=options.max_new_tokens,
+            score=None if drawn else score_answers,
+        )
+        loosened = dict.fromkeys(options.gates.loosened(), options.reason or "")
+        return Climb(
+            exam=exam,
+            bounds=limits(options.gates),
+            loosened=loosened,
+            cache=self.cache,
+            progress=self.progress,
+        )
+
+    def _samples(self) -> list[Sample]:
+        data = self.recipe.calibration.data
+        return draw_samples(
+            None if data is None else self.recipe.path.parent / data,
+            split="calibration",
+            count=self.recipe.evidence.samples,
+            seed=self.recipe.seed,
+        )
+
+    def _samples_note(self, climb: Climb) -> dict[str, Any]:
+        return {
+            "data": self.recipe.calibration.data or "scenes, calibration split",
+            "count": len(climb.exam.samples),
+            "seed": self.recipe.seed,
+            "max_new_tokens": climb.exam.max_new_tokens,
+            "sha256": climb.exam.digest,
+            "weights": "drawn" if self.checkpoint.seed is not None else "trained",
+        }
+
+    def _provenance(self, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": {"edgevlm": __version__}
+            | {name: importlib.metadata.version(name) for name in TOOLS},
+            "code": code_version(),
+            "changes": list(changes),
+            "decisions": [asdict(decision) for decision in self.plan.decisions],
+            "notes": list(self._spec.notes),
+        }
+
+    def _manifest(self, files: Mapping[str, FileEntry], provenance: Mapping[str, Any]) -> Manifest:
+        variants = {v.target: manifest_variant(self.plan, v) for v in self.plan.variants}
+        options = self.recipe.generation.model_dump(exclude_none=True)
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            name=self.recipe.name,
+            device=self.plan.device.name,
+            model=ModelInfo(
+                name=Path(self.checkpoint.source).name,
+                family=self._spec.family,
+                source=self.recipe.model,
+                revision=self.checkpoint.revision,
+            ),
+            variants=variants,
+            default_variant=self.plan.variants[0].target,
+            image=self._spec.image,
+            text=self._spec.text,
+            generation=replace(self._spec.generation, **options),
+            files=files,
+            provenance=provenance,
+        )
+
+
+def probe(model: Vlm) -> torch.Tensor:
+    """Logits of one seeded picture and a few seeded rows, which a lossless pass must keep."""
+    generator = torch.Generator().manual_seed(0)
+    spec = model.spec
+    grid = spec.vision.grids[0]
+    pixels = torch.randn(1, *spec.vision.pixels_shape(grid), generator=generator)
+    ids = torch.randint(spec.decoder.vocab_size, (8,), generator=generator)
+    with torch.inference_mode():
+        rows = torch.cat([model.encode(pixels, grid), model.embedding(ids)[None]], dim=1)
+        positions = torch.arange(rows.shape[1])
+        if spec.decoder.rope.sections:
+            positions = positions.expand(len(spec.decoder.rope.sections), -1)
+        logits: torch.Tensor = model(rows, positions)
+    return logits
+
+
+def file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Size and sha256 of every file of a folder."""
+    return {
+        path.name: FileEntry(size=path.stat().st_size, sha256=file_digest(path))
+        for path in sorted(folder.iterdir())
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, the last file of a bundle."""
+    text = json.dumps(to_json(manifest), indent=1, sort_keys=True, allow_nan=False)
+    (folder / "manifest.json").write_text(text + "\n")

@@ -1,0 +1,133 @@
+"""Evaluation: a bundle answers questions; its answers are scored and held against the referee."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from edgevlm.cache import StageCache, code_version, digest
+from edgevlm.checkpoint import open_checkpoint
+from edgevlm.errors import ModelError
+from edgevlm.evidence.exam import Exam, prepare_exam
+from edgevlm.progress import Progress
+from edgevlm.samples import Sample, score_answers
+from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.session import Session
+
+REFEREE_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalReport:
+    """How a bundle did: scores, and where a referee answered too, its scores and the agreement.
+
+    `accuracy` and `reference` are `{mean_accuracy, tasks: {name: {accuracy, low, high, n}}}`;
+    `token_agreement` is the share of questions answered with exactly the referee's tokens, and
+    `differing` has the numbers of the others.
+    """
+
+    accuracy: Mapping[str, Any]
+    answers: tuple[str, ...]
+    reference: Mapping[str, Any] | None = None
+    token_agreement: float | None = None
+    differing: tuple[int, ...] = ()
+
+
+def evaluate(
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    *,
+    progress: Progress,
+    referee: Path | None = None,
+    cache: StageCache | None = None,
+    max_new_tokens: int | None = None,
+) -> EvalReport:
+    """Put samples to a bundle, greedily; `referee` is the checkpoint that is to answer too."""
+    longest = max_new_tokens or bundle.manifest.generation.max_new_tokens
+    session = Session(bundle)
+    tokens: list[tuple[int, ...]] = []
+    texts: list[str] = []
+    with progress.stage("questions", len(samples)) as advance:
+        for sample in samples:
+            completion = session.generate(
+                sample.messages, sample.images, max_new_tokens=longest, temperature=0.0
+            )
+            tokens.append(completion.tokens)
+            texts.append(completion.text)
+            advance(1)
+    accuracy = score_answers(samples, texts)
+    if referee is None:
+        return EvalReport(accuracy=accuracy, answers=tuple(texts))
+    exam = _exam(bundle, samples, longest)
+    theirs = _referee_answers(referee, exam, progress, cache)
+    differing = tuple(
+        number
+        for number, (ours, full) in enumerate(zip(tokens, theirs, strict=True))
+        if list(ours) != [token for token in full if token not in exam.end_tokens]
+    )
+    return EvalReport(
+        accuracy=accuracy,
+        answers=tuple(texts),
+        reference=score_answers(samples, [exam.text(answer) for answer in theirs]),
+        token_agreement=1.0 - len(differing) / len(samples),
+        differing=differing,
+    )
+
+
+def _exam(bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int) -> Exam:
+    manifest = bundle.manifest
+    return prepare_exam(
+        samples,
+        manifest.image,
+        manifest.text,
+        Tokenizer.from_str(bytes(bundle.file("tokenizer.json")).decode()),
+        end_tokens=frozenset(manifest.generation.eos_token_ids),
+        max_new_tokens=max_new_tokens,
+        score=None,
+    )
+
+
+def _referee_answers(
+    folder: Path, exam: Exam, progress: Progress, cache: StageCache | None
+) -> list[list[int]]:
+    """Answers of the Hugging Face model, kept in the cache: both variants are held against them."""
+    checkpoint = open_checkpoint(str(folder))
+    if checkpoint.config.get("model_type") is None:
+        raise ModelError(f"{folder} has no model_type", hint="name the compiled checkpoint")
+    shards = [
+        [shard.name, shard.stat().st_size, shard.stat().st_mtime_ns] for shard in checkpoint.shards
+    ]
+
+    def make() -> dict[str, Any]:
+        from edgevlm.evidence.referee import Referee
+
+        return {"answers": _ask(Referee(checkpoint).tokens, exam, progress)}
+
+    if cache is None:
+        answers: list[list[int]] = make()["answers"]
+        return answers
+    key = digest(code_version(), checkpoint.files, shards, exam.digest)
+    kept: list[list[int]] = cache.json("referee", key, make)["answers"]
+    return kept
+
+
+def _ask(answer: Callable[..., list[list[int]]], exam: Exam, progress: Progress) -> list[list[int]]:
+    """Ask in batches of prompts of one length with as many pictures: those need no padding."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, question in enumerate(exam.questions):
+        shape = (len(question.prompt.token_ids), len(question.feeds))
+        alike.setdefault(shape, []).append(number)
+    answers: dict[int, list[int]] = {}
+    with progress.stage("referee", len(exam.questions)) as advance:
+        for numbers in alike.values():
+            for start in range(0, len(numbers), REFEREE_BATCH):
+                batch = numbers[start : start + REFEREE_BATCH]
+                questions = [exam.questions[number] for number in batch]
+                found = answer(questions, max_new_tokens=exam.max_new_tokens)
+                answers |= dict(zip(batch, found, strict=True))
+                advance(len(batch))
+    return [answers[number] for number in range(len(exam.questions))]

@@ -1,0 +1,88 @@
+"""Our own model in torch as a witness: each component fed by the reference, then one answer."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgevlm.evidence.witness import Question, Witness
+from edgevlm.model.vision import grid_tables
+from edgevlm.model.vlm import Vlm
+
+
+@torch.inference_mode()
+def eager_witness(
+    model: Vlm, question: Question, parent: Witness, *, end_tokens: frozenset[int]
+) -> Witness:
+    """Answer a question with our eager model.
+
+    The decoder runs once over the prompt and the parent's answer, so its logits [len(answer), V]
+    belong to the same rows as the parent's. Where the best token of every row is the parent's, that
+    *is* our greedy answer; else the answer is generated.
+    """
+    vision, projector = _pictures(model, question, parent)
+    rows = model.embed(*_with_images(model, question, parent.projector))
+    fed = torch.tensor(parent.answer[:-1], dtype=torch.long)
+    whole = torch.cat([rows, model.embedding(fed)[None]], dim=1)
+    prompt_rows = rows.shape[1]
+    wanted = torch.arange(prompt_rows - 1, prompt_rows - 1 + len(parent.answer))
+    logits_RV = model(whole, positions(question, len(fed)), wanted)[0].numpy()
+    best = tuple(int(token) for token in logits_RV.argmax(axis=1))
+    answer = parent.answer
+    if best != parent.answer:
+        start = positions(question, 0)
+        answer = _greedy(model, rows, start, len(parent.answer), end_tokens)
+    return Witness(vision=vision, projector=projector, answer=answer, logits=logits_RV)
+
+
+def positions(question: Question, num_answered: int) -> Tensor:
+    """Positions [T + A] or [3, T + A] of a prompt and the first A tokens of its answer."""
+    prompt = torch.from_numpy(question.prompt.positions)
+    start = question.prompt.next_position
+    answered = torch.arange(start, start + num_answered).expand(*prompt.shape[:-1], num_answered)
+    return torch.cat([prompt, answered], dim=-1)
+
+
+def _pictures(
+    model: Vlm, question: Question, parent: Witness
+) -> tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]:
+    vision: list[NDArray[np.float32]] = []
+    projector: list[NDArray[np.float32]] = []
+    for image in question.images:
+        grid = image.layout.grid or model.spec.vision.grids[0]
+        tables = grid_tables(model.spec.vision, grid)
+        for feed in image.feeds:
+            pixels = torch.from_numpy(feed["pixels"])
+            # A native picture is patches [rows, values], one picture a call.
+            features = model.vision(pixels if pixels.ndim == 4 else pixels[None], tables)
+            if parent.vision:
+                given = torch.from_numpy(parent.vision[len(vision)]).reshape(features.shape)
+            else:
+                given = features
+            vision.append(features.flatten(0, -2).numpy())
+            projector.append(model.projector(given, grid).flatten(0, -2).numpy())
+    return tuple(vision), tuple(projector)
+
+
+def _with_images(
+    model: Vlm, question: Question, visual_tokens: tuple[NDArray[np.float32], ...]
+) -> tuple[Tensor, Tensor | None]:
+    token_ids = torch.from_numpy(question.prompt.token_ids)
+    if not visual_tokens:
+        return token_ids, None
+    return token_ids, torch.from_numpy(np.concatenate(visual_tokens))
+
+
+def _greedy(
+    model: Vlm, rows: Tensor, start: Tensor, count: int, end_tokens: frozenset[int]
+) -> tuple[int, ...]:
+    answer: list[int] = []
+    for token, _ in islice(model.greedy(rows, start), count):
+        answer.append(token)
+        if token in end_tokens:
+            break
+    return tuple(answer)

@@ -1,0 +1,53 @@
+"""Where a failing graph parts from the model: each graph of a variant bisected on its examples."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edgevlm.evidence.bisect import Divergence, first_divergence, site_errors, site_outputs
+from edgevlm.model.graphs import ModelGraph
+from edgevlm_export.taps import tapped_sites, with_outputs
+
+
+def find_fault(made: ModelGraph, path: Path) -> Divergence | None:
+    """Return the first site of a written graph that diverges from its module, if one does.
+
+    Both sides run the module's examples: seeded rows over a cache that already holds some, so that
+    positions and state count.
+    """
+    modules = {name for name, _ in made.module.named_modules()}
+    sites = [site for site in tapped_sites(ir.load(path)) if site in modules]
+    inputs = {
+        spec.name: np.ascontiguousarray(example.numpy())
+        for spec, example in zip(made.plan.inputs, made.examples, strict=True)
+    }
+
+    def measure(wanted: Sequence[str]) -> dict[str, float]:
+        reference = site_outputs(made.module, wanted, lambda: made.module(*made.examples))
+        return site_errors(reference, tapped_run(path, wanted, inputs))
+
+    return first_divergence(sites, measure)
+
+
+def tapped_run(
+    path: Path, values: Sequence[str], inputs: dict[str, NDArray[np.generic]]
+) -> dict[str, NDArray[np.float32]]:
+    """Run a copy of a written graph in which these values are outputs, and return them."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Packed copies of the weights would double the memory, for one run.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # The copy lies beside the weights that it shares with the graph.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tapped-") as folder:
+        copy = Path(folder) / path.name
+        with_outputs(path, values, copy)
+        session = ort.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
+        outputs = session.run(list(values), inputs)
+    return dict(zip(values, outputs, strict=True))

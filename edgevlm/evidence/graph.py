@@ -1,0 +1,120 @@
+"""A variant's written graphs as a witness, run one by one through the runtime's engines.
+
+Between the graphs stands nothing of the runtime's session: pictures come prepared, the decoder is
+fed the parent's visual tokens, and the answer is the parent's, one token a call, so that prefill
+and decode graphs both speak. The vision graph is run from a copy whose features are an output too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgevlm.evidence.fault import tapped_run
+from edgevlm.evidence.witness import Question, Witness
+from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.decode.protocol import Decoder, Prompt
+from edgevlm_runtime.manifest import GraphSpec
+from edgevlm_runtime.session import Session
+
+FEATURES = "vision"
+"""Nodes of this part of the model put out what those of the projector read."""
+
+
+class GraphWitness:
+    """One variant of a bundle, opened for measuring."""
+
+    def __init__(self, folder: Path, variant: str) -> None:
+        """Open the variant; `folder` holds a whole bundle, published or not."""
+        self._bundle = Bundle.open(folder, variant)
+        self._session = Session(self._bundle)
+        self._folder = folder
+        self._table: NDArray[np.float32] = np.load(
+            folder / next(g.file for g in self._bundle.variant.graphs if g.role == "embedding"),
+            mmap_mode="r",
+            allow_pickle=False,
+        )
+
+    def answer(self, question: Question, parent: Witness) -> Witness:
+        """Put the question to the graphs, along the parent's answer."""
+        vision, projector = self._pictures(question)
+        logits_RV = self._logits(question, parent)
+        best = tuple(int(token) for token in logits_RV.argmax(axis=1))
+        parting = next(
+            (t for t, (a, b) in enumerate(zip(best, parent.answer, strict=True)) if a != b),
+            len(best),
+        )
+        # Up to and including the first token that differs, the rows are those of a free answer.
+        return Witness(
+            vision=vision,
+            projector=projector,
+            answer=best[: parting + 1],
+            logits=logits_RV,
+        )
+
+    def _logits(self, question: Question, parent: Witness) -> NDArray[np.float32]:
+        decoder: Decoder = self._session.decoder
+        decoder.rewind(0)
+        embeds = np.asarray(self._table[question.prompt.token_ids], np.float32)
+        if parent.projector:
+            embeds[question.prompt.image_rows] = np.concatenate(parent.projector)
+        prompt = Prompt(
+            embeds=embeds,
+            positions=question.prompt.positions,
+            next_position=question.prompt.next_position,
+        )
+        rows = [decoder.prefill(prompt).logits[-1].copy()]
+        for token in parent.answer[:-1]:
+            rows.append(decoder.extend([token]).logits[-1].copy())
+        return np.stack(rows)
+
+    def _pictures(
+        self, question: Question
+    ) -> tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]:
+        vision, projector = [], []
+        for image in question.images:
+            graph = self._vision_graph(image.layout.grid)
+            path = self._folder / graph.file
+            tapped = crossing_values(onnx.load(path, load_external_data=False))
+            wanted = [graph.outputs[0].name, *tapped]
+            for feed in image.feeds:
+                inputs = {
+                    spec.name: _shaped(feed[spec.source], len(spec.shape)) for spec in graph.inputs
+                }
+                outputs = tapped_run(path, wanted, inputs)
+                tokens = outputs[wanted[0]]
+                projector.append(tokens.reshape(-1, tokens.shape[-1]))
+                # A projector that reads several values has no one input to compare.
+                if len(tapped) == 1:
+                    features = outputs[tapped[0]]
+                    vision.append(features.reshape(-1, features.shape[-1]))
+        return tuple(vision), tuple(projector)
+
+    def _vision_graph(self, grid: tuple[int, int] | None) -> GraphSpec:
+        graphs = [graph for graph in self._bundle.variant.graphs if graph.role == "vision"]
+        return next(graph for graph in graphs if graph.grid is None or graph.grid == grid)
+
+
+def crossing_values(model: onnx.ModelProto, part: str = FEATURES) -> list[str]:
+    """Values that nodes of one part of the model put out and nodes of other parts read."""
+    makers = {output: node.name for node in model.graph.node for output in node.output if output}
+    found: list[str] = []
+    for node in model.graph.node:
+        if _part(node.name) in (part, "plumbing"):
+            continue
+        for value in node.input:
+            if _part(makers.get(value, "")) == part and value not in found:
+                found.append(value)
+    return found
+
+
+def _part(name: str) -> str:
+    return name.split(".")[0].split("/")[0]
+
+
+def _shaped(array: NDArray[np.generic], rank: int) -> NDArray[np.generic]:
+    """Add the batch axis that a native picture's patches come without."""
+    return array if array.ndim == rank else array[None]

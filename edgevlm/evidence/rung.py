@@ -1,0 +1,118 @@
+"""A rung: one form of the model, what it was measured against, and whether its gates hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edgevlm.evidence.gates import Gate, judge
+from edgevlm.evidence.measures import (
+    LogitsAgreement,
+    TensorAgreement,
+    TokenAgreement,
+    logits_agreement,
+    margins,
+    tensor_agreement,
+    token_agreement,
+)
+from edgevlm.evidence.witness import Witness
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """One form of the model against its parent.
+
+    `kind` is `reference`, `model`, `graph` or `runtime`; `vision`, `projector` and `decoder` are
+    None where this rung does not show that component by itself. `accuracy` is `mean_accuracy` and
+    `tasks`, empty where a right answer means nothing.
+    """
+
+    name: str
+    parent: str | None
+    kind: str
+    vision: TensorAgreement | None = None
+    projector: TensorAgreement | None = None
+    decoder: LogitsAgreement | None = None
+    tokens: TokenAgreement | None = None
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
+    gates: tuple[Gate, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Gate, ...]:
+        """The gates that do not hold."""
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        data = asdict(self)
+        for part in ("vision", "projector", "decoder"):
+            agreement = getattr(self, part)
+            if agreement is not None:
+                data[part]["relative_error"] = agreement.relative_error
+        for gate, entry in zip(self.gates, data["gates"], strict=True):
+            entry["passed"] = gate.passed
+        return data
+
+
+def compare(
+    name: str,
+    *,
+    kind: str,
+    parent: str,
+    reference: Sequence[Witness],
+    ours: Sequence[Witness],
+    root: Sequence[Witness],
+    bounds: Mapping[str, float],
+    loosened: Mapping[str, str],
+    accuracy: Mapping[str, Any],
+    root_accuracy: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> Rung:
+    """Measure a rung's witnesses against its parent's; tokens and accuracy against the root's."""
+    measured: dict[str, float] = {}
+    vision, projector = (_tensors(reference, ours, part) for part in ("vision", "projector"))
+    for part, agreement in (("vision", vision), ("projector", projector)):
+        if agreement is not None:
+            measured |= {
+                f"{part}.max_error": agreement.relative_error,
+                f"{part}.cosine": agreement.cosine,
+            }
+    decoder = None
+    if all(len(witness.logits) for witness in ours):
+        decoder = logits_agreement([w.logits for w in reference], [w.logits for w in ours])
+        measured |= {
+            "decoder.max_error": decoder.relative_error,
+            "decoder.cosine": decoder.cosine,
+            "decoder.kl": decoder.kl,
+            "decoder.argmax_agreement": decoder.argmax,
+            "decoder.flips": float(decoder.flips),
+        }
+    tokens = token_agreement(
+        [w.answer for w in root], [margins(w.logits) for w in root], [w.answer for w in ours]
+    )
+    measured |= {"tokens.token_agreement": tokens.share, "tokens.flips": float(tokens.flips)}
+    if accuracy and root_accuracy:
+        drop = root_accuracy["mean_accuracy"] - accuracy["mean_accuracy"]
+        measured["tasks.accuracy_drop"] = drop
+    return Rung(
+        name=name,
+        parent=parent,
+        kind=kind,
+        vision=vision,
+        projector=projector,
+        decoder=decoder,
+        tokens=tokens,
+        accuracy=accuracy,
+        gates=judge(measured, bounds, loosened),
+        notes=tuple(notes),
+    )
+
+
+def _tensors(
+    reference: Sequence[Witness], ours: Sequence[Witness], part: str
+) -> TensorAgreement | None:
+    want = [array for witness in reference for array in getattr(witness, part)]
+    got = [array for witness in ours for array in getattr(witness, part)]
+    return tensor_agreement(want, got) if want and got else None
