@@ -23,7 +23,8 @@ from edgevlm_runtime.images.spec import ConversionRules
 
 ImageSource = str | Path | bytes | NDArray[np.uint8] | Image.Image
 
-# What Pillow's decoders raise on damaged bytes, as found by mutating pictures of every format.
+# What Pillow's decoders raise on damaged bytes, as found by mutating pictures of every format;
+# the warning where a program makes warnings errors.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -34,6 +35,7 @@ _DAMAGE = (
     AttributeError,
     ArithmeticError,
     NotImplementedError,
+    UserWarning,
     struct.error,
     zlib.error,
 )
