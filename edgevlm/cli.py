@@ -198,6 +198,10 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="hf", help="Also ask the Hugging Face model.")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where that model is, if not where it was."),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Your own samples.jsonl; else the picture world."),
@@ -209,7 +213,14 @@ def evaluate(
     """Measure the accuracy of a bundle."""
     from edgevlm.commands.evaluate import EvalOptions, eval_command
 
-    options = EvalOptions(limit=limit, variant=variant, against=against, data=data, seed=seed)
+    options = EvalOptions(
+        limit=limit,
+        variant=variant,
+        against=against,
+        checkpoint=checkpoint,
+        data=data,
+        seed=seed,
+    )
     eval_command(bundle, options, as_json=json, quiet=quiet)
 
 

@@ -178,7 +178,7 @@ def _try(name: str, probe: Callable[[], str]) -> Trial:
     try:
         return Trial(name=name, works=True, detail=probe())
     except ModuleNotFoundError as error:
-        return Trial(name=name, works=False, detail=f"{error.name} is not installed", hint=INSTALL)
+        return Trial(name=name, works=False, detail=f"{error.name} is not installed")
     # Whatever a broken installation raises is the finding.
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

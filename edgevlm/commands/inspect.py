@@ -1,0 +1,18 @@
+"""`edgevlm inspect`: what a bundle holds, every hash checked, and the evidence for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgevlm.commands.bundle import bundle_document, show_bundle
+from edgevlm.commands.output import console, print_json
+from edgevlm_runtime.bundle import Bundle
+
+
+def inspect_command(path: Path, *, as_json: bool) -> None:
+    """Open a bundle and show it."""
+    bundle = Bundle.open(path)
+    if as_json:
+        print_json(bundle_document(bundle))
+    else:
+        show_bundle(bundle, console())
