@@ -6,11 +6,12 @@ from edgevlm.scenes.draw import draw_scene
 from edgevlm.scenes.folder import folder_samples
 from edgevlm.scenes.sample import Sample, scenes_samples
 from edgevlm.scenes.scene import SPLITS, Scene, make_scene
-from edgevlm.scenes.score import Scores, TaskScore, score, summarize
-from edgevlm.scenes.words import EXACT_TASKS, TASKS
+from edgevlm.scenes.score import Scores, TaskScore, score, scores_json, summarize
+from edgevlm.scenes.words import EXACT_TASKS, GRADED_TASKS, TASKS
 
 __all__ = [
     "EXACT_TASKS",
+    "GRADED_TASKS",
     "SPLITS",
     "TASKS",
     "Sample",
@@ -22,5 +23,6 @@ __all__ = [
     "make_scene",
     "scenes_samples",
     "score",
+    "scores_json",
     "summarize",
 ]

@@ -75,10 +75,10 @@ def attend_fully(
 
 @dataclass(frozen=True, slots=True)
 class PackedMask:
-    """Additive masks of packed sequences: `prefix_PP`, and `rows_BRWK` over prefix and own row."""
+    """Additive masks: `prefix` is (P, P), `rows` (B, R, W, P + W) over the prefix and the row."""
 
-    prefix_PP: torch.Tensor
-    rows_BRWK: torch.Tensor
+    prefix: torch.Tensor
+    rows: torch.Tensor
 
 
 def packed_mask(segments_BRW: torch.Tensor, num_prefix: int, dtype: torch.dtype) -> PackedMask:
@@ -110,15 +110,15 @@ def attend_packed(
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     share = heads // groups
-    prefix = attention_mask.prefix_PP.shape[0]
-    rows, width = attention_mask.rows_BRWK.shape[1:3]
+    prefix = attention_mask.prefix.shape[0]
+    rows, width = attention_mask.rows.shape[1:3]
     query = (query * scaling).view(batch, groups, share, length, size)
     prefix_key, prefix_value = key[:, :, :prefix], value[:, :, :prefix]
     head = attend(
         query[..., :prefix, :].reshape(batch, groups, share * prefix, size),
         prefix_key,
         prefix_value,
-        attention_mask.prefix_PP.repeat(share, 1),
+        attention_mask.prefix.repeat(share, 1),
     ).view(batch, heads, prefix, size)
 
     def with_prefix(states: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ def attend_packed(
         .reshape(batch, groups, rows, share * width, size),
         with_prefix(prefix_key, key[:, :, prefix:]),
         with_prefix(prefix_value, value[:, :, prefix:]),
-        attention_mask.rows_BRWK.repeat(1, 1, share, 1)[:, None],
+        attention_mask.rows.repeat(1, 1, share, 1)[:, None],
     )
     tail = (
         tail.view(batch, groups, rows, share, width, size)

@@ -7,8 +7,6 @@ token names the facts of the whole picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +42,7 @@ _LEAST_COVER = 0.3 * PATCH * PATCH
 _COLUMN = {name: index for index, name in enumerate(PATCH_TARGETS)}
 
 
-def patch_targets(scene: Scene) -> NDArray[np.int64]:
+def patch_targets(scene: Scene, spare: tuple[Sign, ...] = ()) -> NDArray[np.int64]:
     """Targets of a scene's patches, one row per patch, `IGNORED` where there is nothing to say."""
     targets = np.full((GRID, GRID, len(PATCH_TARGETS)), IGNORED, dtype=np.int64)
     targets[..., _COLUMN["owner"]] = 0
@@ -56,32 +54,22 @@ def patch_targets(scene: Scene) -> NDArray[np.int64]:
         owned = _claim(most, thing.box)
         targets[owned, :3] = (owner, size, REGIONS.index(thing.region))
         targets[owned, _COLUMN["left"] :] = box_cells(thing.box)
-    if scene.sign is not None:
-        owned = _claim(most, scene.sign.box)
-        targets[owned, :3] = (SIGN_OWNER, IGNORED, REGIONS.index(scene.sign.region))
-        targets[owned, _COLUMN["left"] :] = box_cells(scene.sign.box)
-        _mark_characters(targets, owned, scene.sign)
+    for sign in spare if scene.sign is None else (scene.sign, *spare):
+        owned = _claim(most, sign.box)
+        targets[owned, :3] = (SIGN_OWNER, IGNORED, REGIONS.index(sign.region))
+        targets[owned, _COLUMN["left"] :] = box_cells(sign.box)
+        _mark_characters(targets, owned, sign)
     return targets.reshape(NUM_PATCHES, -1)
 
 
-def picture_targets(scene: Scene) -> NDArray[np.float32]:
+def picture_targets(scene: Scene, spare: tuple[Sign, ...] = ()) -> NDArray[np.float32]:
     """What is present in a scene, as zeros and ones, and at the end the number of objects."""
     colours = {thing.colour for thing in scene.things}
     shapes = {thing.shape for thing in scene.things}
     values = [float(colour in colours) for colour in COLOURS]
     values += [float(shape in shapes) for shape in SHAPES]
-    values += [float(scene.sign is not None), float(len(scene.things))]
+    values += [float(bool(spare) or scene.sign is not None), float(len(scene.things))]
     return np.array(values, dtype=np.float32)
-
-
-def stack_targets(
-    scenes: Sequence[Scene],
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The targets of a batch: patches (pictures, patches, columns) and pictures."""
-    return (
-        np.stack([patch_targets(scene) for scene in scenes]),
-        np.stack([picture_targets(scene) for scene in scenes]),
-    )
 
 
 def _claim(most: NDArray[np.float64], box: tuple[int, int, int, int]) -> NDArray[np.bool_]:

@@ -26,8 +26,8 @@ _NOISE = 6
 _SCALE = 2
 
 
-def draw_scene(scene: Scene) -> Image.Image:
-    """Paint a scene; the same scene gives the same pixels."""
+def draw_scene(scene: Scene, spare: tuple[Sign, ...] = ()) -> Image.Image:
+    """Paint a scene, with spare signs if there are any; the same scene gives the same pixels."""
     # Text, so that paint and layout never share a random stream.
     rng = random.Random(f"paint {scene.seed}")
     shade = rng.randint(40, 96)
@@ -41,13 +41,17 @@ def draw_scene(scene: Scene) -> Image.Image:
             for level in _PAINT[thing.colour]
         )
         _draw_thing(canvas, thing, paint)
-    if scene.sign is not None:
-        _draw_sign(canvas, scene.sign, rng)
+    for sign in _signs(scene, spare):
+        _draw_sign(canvas, sign, rng)
     noise = np.random.default_rng(scene.seed).integers(
         -_NOISE, _NOISE, (SIDE, SIDE, 3), dtype=np.int16, endpoint=True
     )
     pixels = np.asarray(image.reduce(_SCALE)) + noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _signs(scene: Scene, spare: tuple[Sign, ...]) -> tuple[Sign, ...]:
+    return spare if scene.sign is None else (scene.sign, *spare)
 
 
 def _draw_clutter(canvas: ImageDraw.ImageDraw, rng: random.Random, ground: tuple[int, ...]) -> None:

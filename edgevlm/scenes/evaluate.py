@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from edgevlm.scenes.sample import Sample, scenes_samples
-from edgevlm.scenes.score import Scores, score, summarize
+from edgevlm.scenes.score import Scores, score, scores_json, summarize
 
 _GREY = (96, 96, 96)
 _MAX_NEW_TOKENS = 72
@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
             "split": options.split,
             "seed": options.seed,
             "num_samples": len(samples),
-            "scores": asdict(seen),
-            "blank": None if blank is None else asdict(blank),
+            "scores": scores_json(seen),
+            "blank": None if blank is None else scores_json(blank),
         }
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
@@ -62,7 +62,8 @@ def load_answerer(folder: Path, *, batch: int) -> Answer:
 
     processor = AutoProcessor.from_pretrained(folder)
     host = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForImageTextToText.from_pretrained(folder).to(host).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    model.to(host).eval()
 
     def answer(samples: Sequence[Sample]) -> list[str]:
         # Like prompts together: the same number of pictures, and descriptions apart.
@@ -108,7 +109,8 @@ def table(seen: Scores, blank: Scores | None) -> str:
         guess = f"{100 * guesses[entry.task]:.1f}" if entry.task in guesses else "-"
         interval = f"{100 * entry.low:.1f} to {100 * entry.high:.1f}"
         lines.append(
-            f"| {entry.task} | {100 * entry.mean:.1f} | {interval} | {guess} | {entry.num_samples} |"
+            f"| {entry.task} | {100 * entry.mean:.1f} | {interval} | {guess} "
+            f"| {entry.num_samples} |"
         )
     guess = "-" if blank is None else f"{100 * blank.mean_accuracy:.1f}"
     lines.append(f"| mean of exact-match tasks | {100 * seen.mean_accuracy:.1f} | | {guess} | |")

@@ -104,6 +104,7 @@ def _read_image(name: str, place: _Place) -> Image.Image:
         raise place.error(f"image {name!r} is missing", hint="name it relative to the file")
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            rgb: Image.Image = image.convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise place.error(f"image {name!r} cannot be read", hint="use PNG, JPEG or WebP") from error
+    return rgb

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from edgevlm.scenes.dense import IGNORED, NUM_COUNTS, NUM_PRESENCES, PATCH_TARGETS
 
@@ -13,6 +12,7 @@ class DenseHeads(nn.Module):
     """One linear map over the patches for all patch targets, one over the class token."""
 
     def __init__(self, width: int) -> None:
+        """Heads over hidden states of this width."""
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.patches = nn.Linear(width, sum(PATCH_TARGETS.values()))
@@ -43,7 +43,7 @@ class DenseHeads(nn.Module):
             else:
                 weights = counted.float()
             picked = weights > 0
-            losses = F.cross_entropy(
+            losses = nn.functional.cross_entropy(
                 part[picked].float(), targets[picked].clamp(min=0), reduction="none"
             )
             scale = _WEIGHTS.get(name, 1.0)
@@ -54,8 +54,10 @@ class DenseHeads(nn.Module):
                 right[name] = hits.float().mean().item() if hits.numel() else 0.0
         picture = self.picture(pooled).float()
         present, count = picture.split((NUM_PRESENCES, NUM_COUNTS), dim=-1)
-        total = total + F.binary_cross_entropy_with_logits(present, picture_targets[:, :-1])
-        total = total + 0.5 * F.cross_entropy(count, picture_targets[:, -1].long())
+        total = total + nn.functional.binary_cross_entropy_with_logits(
+            present, picture_targets[:, :-1]
+        )
+        total = total + 0.5 * nn.functional.cross_entropy(count, picture_targets[:, -1].long())
         right["count"] = (count.argmax(-1) == picture_targets[:, -1]).float().mean().item()
         return total, right
 

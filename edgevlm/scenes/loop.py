@@ -82,7 +82,7 @@ def run_stage(stage: Stage, budget: Budget, *, resume: bool) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak"]
         loss, tallies = stage.loss(next(batches), step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(stage.module.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AttentionInterface,
     CLIPVisionConfig,
@@ -19,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from edgevlm.scenes.attention import attend_fully, attend_packed
 from edgevlm.scenes.dense import NUM_PATCHES, PATCH
-from edgevlm.scenes.tokens import CHAT_TEMPLATE, IMAGE
+from edgevlm.scenes.tokens import CHAT_TEMPLATE, IMAGE, token_id
 from edgevlm.scenes.words import SIDE
 
 WIDTH = 192
@@ -62,13 +63,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     config = LlavaConfig(
         vision_config=vision_config(),
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=token_id(tokenizer, IMAGE),
         projector_hidden_act="gelu",
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
         image_seq_length=NUM_PATCHES,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
     )
     return LlavaForConditionalGeneration(config)
 
@@ -115,7 +115,9 @@ def save_model(
         do_sample=False,
         max_new_tokens=80,
     )
-    shipped.to(torch.bfloat16).save_pretrained(folder)
+    half: nn.Module = shipped
+    half.to(torch.bfloat16)
+    shipped.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -15,12 +15,11 @@ import torch._dynamo.config
 import torch._inductor.config
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from edgevlm.scenes.attention import packed_mask
-from edgevlm.scenes.dense import stack_targets
+from edgevlm.scenes.dense import patch_targets, picture_targets
 from edgevlm.scenes.draw import draw_scene
 from edgevlm.scenes.heads import DenseHeads
 from edgevlm.scenes.loop import Tallies
@@ -34,7 +33,7 @@ from edgevlm.scenes.model import (
 )
 from edgevlm.scenes.pack import NO_LABEL, Vocabulary, draw_segments, num_prefix, pack
 from edgevlm.scenes.scene import Scene, check_split, make_scene
-from edgevlm.scenes.tokens import ASSISTANT, END, PAD, USER, build_tokenizer
+from edgevlm.scenes.tokens import ASSISTANT, END, PAD, USER, build_tokenizer, token_id
 from edgevlm.scenes.words import TASKS
 
 _PICTURES = 16
@@ -42,7 +41,7 @@ _WIDTH = 84
 _ROWS = {1: 4, 2: 6}
 # Every tenth step shows the pictures in pairs.
 _PAIR_EVERY = 10
-_DENSE_WEIGHT = 0.15
+_DENSE_WEIGHT = 0.2
 
 
 class PackedStage:
@@ -54,6 +53,7 @@ class PackedStage:
         self.tokenizer = build_tokenizer()
         model = build_model(self.tokenizer)
         heads = DenseHeads(WIDTH)
+        self._model, self._heads = model, heads
         whole = start / "packed.safetensors"
         self.module: nn.Module = nn.ModuleDict({"model": model, "heads": heads})
         if whole.exists():
@@ -71,23 +71,25 @@ class PackedStage:
         # The thread chooser changes the number of threads, and each has its own entry.
         torch._dynamo.config.recompile_limit = 32
         torch._inductor.config.cpp.dynamic_threads = True
-        model = self.module["model"].model
+        model = self._model.model
         for layer in (*model.vision_tower.encoder.layers, *model.language_model.layers):
             layer.compile(dynamic=False)
 
     def batches(self) -> Dataset[dict[str, torch.Tensor]]:
+        """Packed sequences by step, from stage 2\'s own pictures."""
         return PackedPictures(self._seed, self.tokenizer)
 
     def loss(self, batch: dict[str, torch.Tensor], step: int) -> tuple[torch.Tensor, Tallies]:
+        """Answers weighted by task, and a little of the dense loss of stage 1."""
         with torch.autocast(self._host.type, torch.bfloat16):
             hidden, seen, pooled = forward_packed(
-                self.module["model"], batch, user=self._token(USER)
+                self._model, batch, user=token_id(self.tokenizer, USER)
             )
             labelled = batch["labels"] != NO_LABEL
-            logits = self.module["model"].lm_head(hidden[labelled]).float()
-            dense, _ = self.module["heads"].loss(seen, pooled, batch["patches"], batch["picture"])
+            logits = self._model.lm_head(hidden[labelled]).float()
+            dense, _ = self._heads.loss(seen, pooled, batch["patches"], batch["picture"])
         labels, weights = batch["labels"][labelled], batch["weights"][labelled]
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         loss = (losses * weights).sum() / weights.sum()
         tallies = answer_tallies(logits.detach().argmax(-1) == labels, batch, labelled)
         tallies["pictures"] = (float(len(batch["pixels"])), 1.0)
@@ -108,14 +110,11 @@ class PackedStage:
         old = self._export_to.with_name(self._export_to.name + ".old")
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        save_model(self.module["model"], build_processor(self.tokenizer), fresh)
+        save_model(self._model, build_processor(self.tokenizer), fresh)
         if self._export_to.exists():
             os.rename(self._export_to, old)
         os.rename(fresh, self._export_to)
         shutil.rmtree(old, ignore_errors=True)
-
-    def _token(self, name: str) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(name))
 
 
 def forward_packed(
@@ -196,10 +195,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
 
     return Vocabulary(
         encode=encode,
-        user=int(tokenizer.convert_tokens_to_ids(USER)),
-        assistant=int(tokenizer.convert_tokens_to_ids(ASSISTANT)),
-        end=int(tokenizer.convert_tokens_to_ids(END)),
-        pad=int(tokenizer.convert_tokens_to_ids(PAD)),
+        user=token_id(tokenizer, USER),
+        assistant=token_id(tokenizer, ASSISTANT),
+        end=token_id(tokenizer, END),
+        pad=token_id(tokenizer, PAD),
     )
 
 
@@ -219,12 +218,11 @@ def make_batch(
         for scenes in groups
     ]
     scenes = [scene for group in groups for scene in group]
-    patches, picture = stack_targets(scenes)
     pixels = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
     batch = {
         "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-        "patches": torch.from_numpy(patches),
-        "picture": torch.from_numpy(picture),
+        "patches": torch.from_numpy(np.stack([patch_targets(scene) for scene in scenes])),
+        "picture": torch.from_numpy(np.stack([picture_targets(scene) for scene in scenes])),
     }
     for name in ("ids", "positions", "segments", "labels", "weights", "tasks", "answers"):
         batch[name] = torch.from_numpy(np.stack([getattr(one, name) for one in packed]))
@@ -235,10 +233,12 @@ class PackedPictures(Dataset[dict[str, torch.Tensor]]):
     """Batch `step` is a pure function of the seed and the step, from stage 2's own pictures."""
 
     def __init__(self, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Pictures of a training seed, asked about in the tokenizer's tokens."""
         self._first = seed * 20_000_000 + 10_000_000
         self._vocabulary = vocabulary_of(tokenizer)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        """The batch of a step."""
         start = self._first + step * _PICTURES
         scenes = [
             make_scene(check_split("train", seed)) for seed in range(start, start + _PICTURES)

@@ -43,14 +43,17 @@ class Thing:
 
     @property
     def size(self) -> str:
+        """Small or large, by the side."""
         return "small" if self.side <= _SMALL_SIDES[-1] else "large"
 
     @property
     def box(self) -> Box:
+        """Left, top, right and bottom edges in pixels."""
         return (self.left, self.top, self.left + self.side, self.top + self.side)
 
     @property
     def region(self) -> str:
+        """The region of the centre."""
         return region_of(self.box)
 
 
@@ -66,6 +69,7 @@ class Sign:
 
     @property
     def region(self) -> str:
+        """The region of the centre."""
         return region_of(self.box)
 
 
@@ -89,6 +93,21 @@ def make_scene(seed: int) -> Scene:
     things = _place_things(rng, num_things, sign)
     things.sort(key=lambda thing: REGIONS.index(thing.region))
     return Scene(seed=seed, things=tuple(things), sign=sign)
+
+
+def spare_signs(scene: Scene) -> tuple[Sign, ...]:
+    """More signs that fit into a scene's gaps; stage 1 of training practises reading on them."""
+    rng = random.Random(f"signs {scene.seed}")
+    taken = [thing.box for thing in scene.things]
+    if scene.sign is not None:
+        taken.append(scene.sign.box)
+    signs: list[Sign] = []
+    for _ in range(10):
+        sign = _make_sign(rng)
+        if _fits(sign.box, taken):
+            signs.append(sign)
+            taken.append(sign.box)
+    return tuple(signs)
 
 
 def check_split(split: str, seed: int) -> int:
@@ -207,15 +226,20 @@ def _find_corner(
         for _ in range(8):
             left = _pick_centre(rng, column, half) - half
             top = _pick_centre(rng, row, half) - half
-            if all(
-                left >= box[2] + _GAP
-                or left + side + _GAP <= box[0]
-                or top >= box[3] + _GAP
-                or top + side + _GAP <= box[1]
-                for box in taken
-            ):
+            if _fits((left, top, left + side, top + side), taken):
                 return left, top
     return None
+
+
+def _fits(box: Box, taken: list[Box]) -> bool:
+    """Whether a box keeps its distance from all others."""
+    return all(
+        box[0] >= other[2] + _GAP
+        or box[2] + _GAP <= other[0]
+        or box[1] >= other[3] + _GAP
+        or box[3] + _GAP <= other[1]
+        for other in taken
+    )
 
 
 def _pick_centre(rng: random.Random, cell: int, half: int) -> int:

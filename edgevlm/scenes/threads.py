@@ -19,6 +19,7 @@ class ThreadChooser:
     """Call `step` after every training step; it sets the number of threads."""
 
     def __init__(self) -> None:
+        """Start on one thread; the first probe comes after a minute."""
         self._choices = sorted({1, os.cpu_count() or 1})
         self._chosen = 0
         self._step_s = [float("inf")] * len(self._choices)
@@ -29,6 +30,7 @@ class ThreadChooser:
 
     @property
     def num_threads(self) -> int:
+        """The number of threads chosen last."""
         return self._choices[self._chosen]
 
     def step(self) -> None:

@@ -93,5 +93,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token."""
+    return tokenizer.get_vocab()[token]
+
+
 _WORD = re.compile(r"[A-Za-z]+|[0-9]+")
 _QUOTED = re.compile(r'"[^"]*"')

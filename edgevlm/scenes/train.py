@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         from edgevlm.scenes.vision_stage import VisionStage
 
         budget = Budget(folder=options.folder, hours=options.hours)
-        run_stage(VisionStage(options.seed, host), budget, resume=options.resume)
+        run_stage(VisionStage(options.seed, host, options.start), budget, resume=options.resume)
         return
     from edgevlm.scenes.packed_stage import PackedStage
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hours", type=float, required=True, help="time to train, decay included")
     parser.add_argument("--seed", type=int, default=7, help="weights and pictures (default 7)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's state")
-    parser.add_argument("--start", type=Path, help="packed: folder to take weights from")
+    parser.add_argument("--start", type=Path, help="folder to take weights from")
     parser.add_argument("--export", type=Path, help="packed: checkpoint folder, kept up to date")
     parser.add_argument("--rate", type=float, default=1.0, help="packed: learning rate factor")
     parser.add_argument("--compile", action="store_true", help="packed: use torch.compile")

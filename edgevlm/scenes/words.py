@@ -23,7 +23,9 @@ SIGN_CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 BOX_UNIT = 3
 
 EXACT_TASKS = ("exists", "colour", "shape", "count", "where", "read", "relation")
-TASKS = (*EXACT_TASKS, "box", "describe")
+# Scored by overlap and by facts, and reported apart.
+GRADED_TASKS = ("box", "describe")
+TASKS = (*EXACT_TASKS, *GRADED_TASKS)
 
 # Every phrasing also reads well after "In the first picture, ".
 PHRASINGS: dict[str, tuple[str, ...]] = {

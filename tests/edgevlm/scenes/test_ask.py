@@ -107,7 +107,8 @@ def test_count() -> None:
     asked = _ask_all("count", 1500)
     for scene, question in asked:
         match = re.search(
-            r"(?:How many|Count the|number of) ([a-z]+(?: objects)?)(?: are there| can you see)?[?.]$",
+            r"(?:How many|Count the|number of) ([a-z]+(?: objects)?)"
+            r"(?: are there| can you see)?[?.]$",
             question.text,
         )
         assert match is not None

@@ -26,6 +26,10 @@ from edgevlm.scenes.tokens import USER, build_tokenizer
 from edgevlm.scenes.words import TASKS
 
 
+# The description comes first, then conversations of one to three turns.
+_NUM_COMPARED = 6
+
+
 @pytest.fixture(scope="module")
 def model() -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
@@ -58,15 +62,12 @@ def test_packed_segments_equal_single_prompts(
         )
         packed = model.lm_head(hidden)[0]
     segments = batch["segments"][0]
-    assert len(stock) > 8
-    compared = 0
+    segment_lengths = []
     for number, logits in enumerate(stock):
         found = packed[segments == number]
-        if len(found) == 0:
-            continue
-        compared += 1
+        segment_lengths.append(len(found))
         torch.testing.assert_close(found, logits[num_prefix(num_pictures) : -1], atol=1e-4, rtol=0)
-    assert compared >= 8
+    assert min(segment_lengths) > 4
 
 
 def _stock_logits(
@@ -77,7 +78,7 @@ def _stock_logits(
     model.model.language_model.config._attn_implementation = "sdpa"
     images = [draw_scene(scene) for scene in scenes]
     results = []
-    for questions in draw_segments(scenes, random.Random(1)):
+    for questions in draw_segments(scenes, random.Random(1))[:_NUM_COMPARED]:
         turns = [(question.text, question.answer) for question in questions[:-1]]
         messages = conversation(len(scenes), turns, questions[-1].text)
         answer = {"type": "text", "text": questions[-1].answer}

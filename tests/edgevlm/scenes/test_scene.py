@@ -13,7 +13,7 @@ import pytest
 
 from edgevlm.scenes import SPLITS, Scene, draw_scene, make_scene
 from edgevlm.scenes.dense import GRID, IGNORED, PATCH_TARGETS, SIGN_OWNER, patch_targets
-from edgevlm.scenes.scene import box_cells, check_split
+from edgevlm.scenes.scene import box_cells, check_split, spare_signs
 from edgevlm.scenes.words import COLOURS, REGIONS, SHAPES, SIGN_CHARACTERS
 from edgevlm_runtime.errors import InputError
 
@@ -153,6 +153,17 @@ def test_splits_are_disjoint_and_enforced() -> None:
     assert str(caught.value) == (
         "'test' is not a split\n  hint: use one of calibration, evaluation, train"
     )
+
+
+def test_spare_signs_fit_beside_everything() -> None:
+    for scene in SCENES[:200]:
+        boxes = [thing.box for thing in scene.things]
+        boxes += [] if scene.sign is None else [scene.sign.box]
+        boxes += [sign.box for sign in spare_signs(scene)]
+        for first, second in itertools.combinations(boxes, 2):
+            apart_across = max(first[0], second[0]) - min(first[2], second[2])
+            apart_down = max(first[1], second[1]) - min(first[3], second[3])
+            assert max(apart_across, apart_down) >= 2
 
 
 def test_import_is_light() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 from PIL import Image
 
-from edgevlm.scenes import Sample, score, summarize
+from edgevlm.scenes import Sample, score, scores_json, summarize
 from edgevlm.scenes.score import fact_f1, facts, normal_interval, overlap, wilson_interval
 
 
@@ -108,8 +108,18 @@ def test_summary() -> None:
         ("box", 0.0, 1),
         ("describe", 0.25, 1),
     ]
+    assert summarize([("exists", 1.0), ("zebra", 0.0), ("box", 1.0)]).mean_accuracy == 0.5
     assert math.isnan(summarize([("box", 1.0)]).mean_accuracy)
     assert [entry.task for entry in summarize([("zebra", 1.0), ("read", 1.0)]).tasks] == [
         "read",
         "zebra",
     ]
+
+
+def test_scores_as_json() -> None:
+    found = scores_json(summarize([("exists", 1.0), ("exists", 0.0)]))
+    low, high = wilson_interval([1.0, 0.0])
+    assert found == {
+        "mean_accuracy": 0.5,
+        "tasks": {"exists": {"accuracy": 0.5, "low": low, "high": high, "n": 2}},
+    }
