@@ -175,10 +175,15 @@ def _download(source: str, revision: str | None) -> Path:
             hint="pin the commit, so that the same recipe is the same model: "
             f"https://huggingface.co/{source}/commits/main shows them",
         )
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever httpx it is
 
+    # Asked once, because a download retries for half a minute before it gives up.
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
+        HfApi().repo_info(source, revision=revision, timeout=10)
+        reachable = True
+    except (httpx.TransportError, errors.OfflineModeIsEnabled):
+        reachable = False
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{source!r} is gated, and this account has no access to it",
@@ -189,12 +194,24 @@ def _download(source: str, revision: str | None) -> Path:
             f"the Hub has no {source!r} at commit {revision}",
             hint="check the name and the commit; a private repository needs `hf auth login`",
         ) from error
-    except (errors.LocalEntryNotFoundError, OSError) as error:
+    except errors.HfHubHTTPError as error:
+        raise ModelError(
+            f"the Hub does not give {source!r}: {str(error).splitlines()[0]}", hint="try again"
+        ) from error
+    try:
+        folder = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=list(PATTERNS),
+            local_files_only=not reachable,
+        )
+    except (errors.LocalEntryNotFoundError, httpx.TransportError) as error:
         raise ModelError(
             f"{source!r} is not in the local cache, and the Hub cannot be reached",
             hint=f"connect to the network, or run `hf download {source} --revision {revision}` "
             "elsewhere and give the folder as the model",
         ) from error
+    return Path(folder)
 
 
 def _parse(name: str, content: bytes) -> dict[str, Any]:

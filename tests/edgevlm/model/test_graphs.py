@@ -1,4 +1,4 @@
-"""The forms of a step are one model: the same logits from a whole sequence and from pieces of it."""
+"""The forms of a step are one model: the same logits from a whole sequence and in pieces."""
 
 from __future__ import annotations
 
