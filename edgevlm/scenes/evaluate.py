@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from edgevlm.scenes.card import render_table
 from edgevlm.scenes.sample import Sample, scenes_samples
 from edgevlm.scenes.score import Scores, score, scores_json, summarize
 
@@ -27,15 +28,15 @@ def main(arguments: list[str] | None = None) -> None:
     answer = load_answerer(options.model, batch=options.batch)
     seen = evaluate(answer, samples)
     blank = evaluate(answer, [blanked(sample) for sample in samples]) if options.blank else None
-    print(table(seen, blank))
+    figures: dict[str, Any] = {
+        "split": options.split,
+        "seed": options.seed,
+        "num_samples": len(samples),
+        "scores": scores_json(seen),
+        "blank": None if blank is None else scores_json(blank),
+    }
+    print(render_table(figures["scores"], figures["blank"]))
     if options.json is not None:
-        figures: dict[str, Any] = {
-            "split": options.split,
-            "seed": options.seed,
-            "num_samples": len(samples),
-            "scores": scores_json(seen),
-            "blank": None if blank is None else scores_json(blank),
-        }
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
@@ -96,25 +97,6 @@ def load_answerer(folder: Path, *, batch: int) -> Answer:
         return answers
 
     return answer
-
-
-def table(seen: Scores, blank: Scores | None) -> str:
-    """Scores by task as a Markdown table, in percent."""
-    guesses = {} if blank is None else {entry.task: entry.mean for entry in blank.tasks}
-    lines = [
-        "| task | score, % | 95 % interval | blank picture, % | samples |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for entry in seen.tasks:
-        guess = f"{100 * guesses[entry.task]:.1f}" if entry.task in guesses else "-"
-        interval = f"{100 * entry.low:.1f} to {100 * entry.high:.1f}"
-        lines.append(
-            f"| {entry.task} | {100 * entry.mean:.1f} | {interval} | {guess} "
-            f"| {entry.num_samples} |"
-        )
-    guess = "-" if blank is None else f"{100 * blank.mean_accuracy:.1f}"
-    lines.append(f"| mean of exact-match tasks | {100 * seen.mean_accuracy:.1f} | | {guess} | |")
-    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,7 +25,6 @@ from edgevlm.scenes.sample import conversation
 from edgevlm.scenes.tokens import USER, build_tokenizer
 from edgevlm.scenes.words import TASKS
 
-
 # The description comes first, then conversations of one to three turns.
 _NUM_COMPARED = 6
 
