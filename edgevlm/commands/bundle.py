@@ -72,8 +72,9 @@ def show_bundle(bundle: Bundle, out: Console) -> None:
     model = manifest.model
     revision = f" at {model.revision}" if model.revision else ""
     out.print(
-        f"[bold]{manifest.name}[/]  {model.source}{revision} ({model.family}) "
-        f"for {manifest.device}, {len(manifest.files)} files, {mebibytes(size)}, all hashes right"
+        f"{manifest.name}  {model.source}{revision} ({model.family}) "
+        f"for {manifest.device}, {len(manifest.files)} files, {mebibytes(size)}, all hashes right",
+        style="bold",
     )
     for name, variant in manifest.variants.items():
         out.print()

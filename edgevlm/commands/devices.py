@@ -41,7 +41,7 @@ def _show_all(devices: list[Device]) -> None:
 
 def _show(device: Device) -> None:
     out = console()
-    out.print(f"[bold]{device.name}[/]  {device.summary}")
+    out.print(f"{device.name}  {device.summary}", style="bold")
     out.print(f"{device.soc}; {device.stack.name} {device.stack.version}; {device.compile.route}")
     out.print()
     facts = table("facts", "what", "value", "known by", "source")

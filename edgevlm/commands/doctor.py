@@ -6,11 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
-from edgevlm.commands.output import console, print_json, table
+from edgevlm.commands.output import console, marked, print_json, table
 from edgevlm.doctor import Examination, Machine, examine
 
 GIB = 2**30
-MARKS = {"ok": "ok", "untested": "[yellow]untested[/]", "missing": "[yellow]missing[/]"}
 
 
 def doctor_command(*, as_json: bool) -> None:
@@ -50,20 +49,20 @@ def _show(found: Examination, out: Console) -> None:
             package.name,
             package.installed or "",
             package.tested or "",
-            MARKS[package.status],
+            marked(package.status),
             package.extra or "edgevlm",
         )
     out.print(packages)
     out.print()
     trials = table("tried here", "what", "works", "how")
     for trial in found.trials:
-        trials.add_row(trial.name, "yes" if trial.works else "[red]no[/]", trial.detail)
+        trials.add_row(trial.name, marked("yes" if trial.works else "no"), trial.detail)
     out.print(trials)
     out.print()
     if not found.advice:
         out.print("nothing is missing")
     for line in found.advice:
-        out.print(line, markup=False)
+        out.print(line)
 
 
 def _show_machine(machine: Machine, out: Console) -> None:
@@ -76,4 +75,4 @@ def _show_machine(machine: Machine, out: Console) -> None:
         "cache": f"{machine.cache}, {machine.cache_free_bytes / GIB:.1f} GiB free",
     }
     for name, text in lines.items():
-        out.print(f"{name:<9} {text}", markup=False)
+        out.print(f"{name:<9} {text}")

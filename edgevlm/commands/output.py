@@ -11,14 +11,26 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["console", "mebibytes", "plain", "print_json", "shape", "table"]
+__all__ = ["console", "marked", "mebibytes", "plain", "print_json", "shape", "table"]
+
+STYLES = {
+    "degraded": "yellow",
+    "untested": "yellow",
+    "missing": "yellow",
+    "refused": "red",
+    "no": "red",
+}
 
 
 def console() -> Console:
-    """The terminal that results are written to; a pipe gets lines of 120 characters."""
-    out = Console(highlight=False, emoji=False)
-    return out if out.is_terminal else Console(highlight=False, emoji=False, width=120)
+    """The terminal that results are written to; a pipe gets lines of 120 characters.
+
+    Text is printed as it is: names in a bundle or a recipe are not markup.
+    """
+    width = None if sys.stdout.isatty() else 120
+    return Console(highlight=False, emoji=False, markup=False, width=width)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -53,6 +65,11 @@ def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Tabl
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", header_style="dim")
     return made
+
+
+def marked(word: str) -> Text:
+    """A word, coloured where it is one to look at."""
+    return Text(word, style=STYLES.get(word, ""))
 
 
 def shape(sizes: tuple[int | str, ...]) -> str:

@@ -8,12 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from edgevlm.commands.output import console, mebibytes, print_json, shape, table
+from edgevlm.commands.output import console, marked, mebibytes, print_json, shape, table
 from edgevlm.plan import Plan, VariantPlan, recipe_plan
 from edgevlm.recipe import load_recipe
 from edgevlm.solve import Decision, refuse
-
-MARKS = {"applied": "applied", "degraded": "[yellow]degraded[/]", "refused": "[red]refused[/]"}
 
 
 def plan_command(path: Path, *, as_json: bool) -> None:
@@ -87,8 +85,9 @@ def show_plan(plan: Plan, out: Console) -> None:
     """Print the plan."""
     tokens = plan.tokens
     out.print(
-        f"[bold]{plan.recipe.model}[/] ({plan.spec.family}, "
-        f"{plan.parameters.total / 1e6:,.1f} M parameters) for [bold]{plan.device.name}[/]"
+        f"{plan.recipe.model} ({plan.spec.family}, "
+        f"{plan.parameters.total / 1e6:,.1f} M parameters) for {plan.device.name}",
+        style="bold",
     )
     calls = ", ".join(
         f"{count} tokens for {grid[0]} x {grid[1]} patches"
@@ -141,5 +140,5 @@ def show_decisions(decisions: Sequence[Decision], out: Console) -> None:
     """Print what became of each wish."""
     shown = table("decisions", "asked", "outcome", "because", "effect")
     for decision in decisions:
-        shown.add_row(decision.asked, MARKS[decision.outcome], decision.reason, decision.effect)
+        shown.add_row(decision.asked, marked(decision.outcome), decision.reason, decision.effect)
     out.print(shown)
