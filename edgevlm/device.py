@@ -26,6 +26,7 @@ __all__ = [
     "PointFact",
     "Quantity",
     "json_schema",
+    "json_schema_of_all",
     "list_devices",
     "load_device",
     "parse_device",
@@ -178,6 +179,12 @@ class Device(Options):
         return self
 
 
+class _Devices(Options):
+    """The devices there are, with all their facts."""
+
+    devices: tuple[Device, ...]
+
+
 def load_device(name: str) -> Device:
     """Read the device of this name, of those in devices/."""
     files = device_files()
@@ -199,6 +206,12 @@ def parse_device(text: str, path: Path | str = "device.yaml") -> Device:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a device file, for editors (`devices/device.schema.json`)."""
     return {"$schema": GenerateJsonSchema.schema_dialect, **Device.model_json_schema()}
+
+
+def json_schema_of_all() -> dict[str, Any]:
+    """JSON Schema of what `edgevlm devices --json` prints."""
+    schema = _Devices.model_json_schema(mode="serialization")
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
 
 
 def _device(document: Document) -> Device:

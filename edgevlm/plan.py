@@ -109,8 +109,8 @@ class TokenPlan:
 
     @property
     def prompt(self) -> int:
-        """Rows for the prompt besides one picture of the largest kind and the answer."""
-        return self.capacity - self.largest_picture - self.max_new_tokens
+        """Rows for the prompt besides one picture of the largest kind and a whole answer."""
+        return max(0, self.capacity - self.largest_picture - self.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

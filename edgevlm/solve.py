@@ -185,42 +185,32 @@ def _dtype(recipe: Recipe, device: Device, targets: Sequence[str]) -> tuple[str,
 
 
 def _capacity(recipe: Recipe, spec: VlmSpec, picture_tokens: int) -> tuple[int, list[Decision]]:
-    asked, longest = recipe.context.capacity, spec.decoder.max_positions
-    if asked is not None:
-        if asked > longest:
-            return longest, [
-                Decision(
-                    asked=f"context.capacity {asked}",
-                    outcome="refused",
-                    reason=f"the model knows {longest} positions",
-                    effect=f"set context.capacity to at most {longest}",
-                )
-            ]
-        reason = (
-            "the model knows as many positions"
-            if asked == longest
-            else (f"the model knows {longest} positions")
-        )
-        return asked, [
-            Decision(
-                asked=f"context.capacity {asked}",
-                outcome="applied",
-                reason=reason,
-                effect=f"prompt and answer have {asked} rows together",
-            )
-        ]
+    longest = spec.decoder.max_positions
     answer = recipe.generation.max_new_tokens or spec.generation.max_new_tokens
-    wanted = round_up(PICTURES * picture_tokens + TEXT_ROWS + answer, CAPACITY_STEP)
-    capacity = min(wanted, longest)
-    return capacity, [
-        Decision(
-            asked="context.capacity (not named)",
-            outcome="applied",
-            reason=f"{PICTURES} pictures of at most {picture_tokens} rows, {TEXT_ROWS} rows of "
-            f"text, {answer} of answer; the model knows {longest} positions",
-            effect=f"prompt and answer have {capacity} rows together",
+    capacity = recipe.context.capacity
+    if capacity is None:
+        wanted = round_up(PICTURES * picture_tokens + TEXT_ROWS + answer, CAPACITY_STEP)
+        capacity, asked = min(wanted, longest), "context.capacity (not named)"
+        reason = (
+            f"{PICTURES} pictures of at most {picture_tokens} rows, {TEXT_ROWS} rows of text, "
+            f"{answer} of answer; the model knows {longest} positions"
         )
-    ]
+    else:
+        asked, reason = f"context.capacity {capacity}", f"the model knows {longest} positions"
+    outcome: Outcome = "applied"
+    effect = f"prompt and answer have {capacity} rows together"
+    if capacity > longest:
+        outcome, effect = "refused", f"set context.capacity to at most {longest}"
+    elif capacity <= picture_tokens:
+        outcome = "refused"
+        reason = f"one picture takes up to {picture_tokens} rows of {capacity}"
+        effect = f"set context.capacity to more than {picture_tokens}"
+    elif capacity < picture_tokens + answer:
+        outcome = "degraded"
+        reason = f"one picture takes up to {picture_tokens} rows of {capacity}"
+        effect = f"answers end before {answer} tokens, where the context is full"
+    decision = Decision(asked=asked, outcome=outcome, reason=reason, effect=effect)
+    return min(capacity, longest), [decision]
 
 
 def _rows(

@@ -95,8 +95,8 @@ def show_plan(plan: Plan, out: Console) -> None:
     )
     out.print(f"pictures  {calls}; one picture is at most {tokens.largest_picture} rows")
     out.print(
-        f"context   {tokens.capacity} rows: {tokens.largest_picture} picture, "
-        f"{tokens.prompt} other prompt, {tokens.max_new_tokens} answer"
+        f"context   {tokens.capacity} rows; with one picture and {tokens.max_new_tokens} rows of "
+        f"answer, {tokens.prompt} are left for text"
     )
     for variant in plan.variants:
         _show_variant(variant, out)

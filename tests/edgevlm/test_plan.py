@@ -245,6 +245,23 @@ def test_a_short_context_degrades_static_prefill() -> None:
     assert [graph.rows for graph in plan.variants[0].graphs[1:]] == [1, 8, 32]
 
 
+def test_a_context_that_a_picture_fills() -> None:
+    plan = planned("context: {capacity: 24}\n")
+    assert decision(plan, "context.capacity 24") == Decision(
+        asked="context.capacity 24",
+        outcome="degraded",
+        reason="one picture takes up to 16 rows of 24",
+        effect="answers end before 16 tokens, where the context is full",
+    )
+    assert plan.tokens.prompt == 0
+    with pytest.raises(DeviceError) as caught:
+        refuse(planned("context: {capacity: 16}\n").decisions)
+    assert str(caught.value) == (
+        "context.capacity 16 is refused: one picture takes up to 16 rows of 16\n"
+        "  hint: set context.capacity to more than 16"
+    )
+
+
 def test_notes_and_loosened_gates_are_told() -> None:
     spec = dataclasses.replace(tiny_spec(), notes=("repetition_penalty 1.1 is not done",))
     plan = planned("evidence: {gates: {kl: 0.1}, reason: a test}\n", spec)
