@@ -50,7 +50,7 @@ python -m edgevlm.scenes.evaluate recipes/models/scenes-vlm --limit {num_samples
 
 ## Architecture
 
-`LlavaForConditionalGeneration`. Vision: CLIP, 96 x 96 pixels in patches of 8 x 8, 144 visual tokens,
+`LlavaForConditionalGeneration`. Vision: CLIP, 96 x 96 pixels in 8 x 8 patches, 144 visual tokens,
 6 layers of width 192 with 6 heads, class token dropped. Projector: two linear layers with GELU.
 Decoder: Llama, 10 layers of width 192, 6 query and 2 key-value heads of 32, MLP 512, RoPE, tied
 embeddings, 2,048 positions. Vocabulary: {vocabulary} byte-level BPE tokens, of which the last 16

@@ -162,6 +162,8 @@ def _optimizers(module: nn.Module, budget: Budget) -> list[torch.optim.Optimizer
         (matrix, vision): [] for matrix in (True, False) for vision in (True, False)
     }
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         inner = ".layers." in name or "multi_modal_projector" in name
         groups[inner and parameter.ndim == 2, "vision" in name].append(parameter)
 

@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     from edgevlm.scenes.packed_stage import PackedStage
 
     stage = PackedStage(options.seed, host, options.start, options.export)
+    if options.freeze_vision:
+        stage.freeze_vision()
     if options.compile:
         stage.compile()
     budget = Budget(
@@ -76,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", type=Path, help="folder to take weights from")
     parser.add_argument("--export", type=Path, help="packed: checkpoint folder, kept up to date")
     parser.add_argument("--rate", type=float, default=1.0, help="packed: learning rate factor")
+    parser.add_argument(
+        "--freeze-vision", action="store_true", help="packed: train projector and decoder only"
+    )
     parser.add_argument("--compile", action="store_true", help="packed: use torch.compile")
     return parser
 
