@@ -167,7 +167,7 @@ def _name_interface(model: ir.Model, plan: GraphPlan) -> None:
     for value, spec in zip(graph.outputs, plan.outputs, strict=True):
         assert value.name is not None
         if value.producer() is not None and ":" not in value.name and "/" not in value.name:
-            record_tap(model, value.name, "Identity", spec.name)
+            record_tap(model, value.name, [spec.name])
         value.name = spec.name
         value.metadata_props.clear()
     for value in _values(graph):

@@ -12,7 +12,7 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     """A new graph in the target's ops; `model` stays as it is, and both share their weights."""
     lowered = model.clone()
     lowered.meta.update(model.meta)
-    lowered.opset_imports[""] = target.opset
+    lowered.opset_imports[""] = target.form.opset
     for rewrite in target.rewrites:
         rewrite(lowered)
     RemoveUnusedNodesPass()(lowered)

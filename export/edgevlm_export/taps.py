@@ -14,13 +14,13 @@ from edgevlm_export.errors import ExportError
 _TAP = "edgevlm.tap."  # prefix of metadata keys
 
 
-def record_tap(model: ir.Model, site: str, op_type: str, *inputs: str) -> None:
+def record_tap(model: ir.Model, site: str, parts: Sequence[str], bias: str | None = None) -> None:
     """Note how the output of a site is computed from values that the graph still has.
 
-    A graph output keeps its own name (Identity), and a bias that was fused into a later node leaves
-    the site's value without it (Add).
+    The parts side by side, plus the bias. A graph output keeps its own name; a projection may have
+    become several; and a bias that was fused into a later node is missing from the site's value.
     """
-    model.metadata_props[_TAP + site] = json.dumps({"op": op_type, "inputs": list(inputs)})
+    model.metadata_props[_TAP + site] = json.dumps({"parts": list(parts), "bias": bias})
 
 
 def tapped_sites(model: ir.Model) -> tuple[str, ...]:
@@ -49,10 +49,7 @@ def with_outputs(path_in: Path, names: Sequence[str], path_out: Path) -> None:
     values |= {output.name: output for node in graph for output in node.outputs}
     values |= {value.name: value for value in graph.initializers.values()}
     for name in names:
-        value = values.get(name)
-        tap = model.metadata_props.get(_TAP + name)
-        if value is None and tap is not None:
-            value = _recompute(graph, name, json.loads(tap), values)
+        value = _value(model, name, values)
         if value is None or value.type is None:
             raise ExportError(
                 f"no value {name!r} in {path_in.name}",
@@ -65,16 +62,25 @@ def with_outputs(path_in: Path, names: Sequence[str], path_out: Path) -> None:
     path_out.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
-def _recompute(
-    graph: ir.Graph, name: str, tap: dict[str, object], values: dict[str | None, ir.Value]
-) -> ir.Value:
-    inputs = tap["inputs"]
-    assert isinstance(inputs, list)
-    sources = [values[source] for source in inputs]
-    node = ir.node(str(tap["op"]), sources, name=f"plumbing/tap/{name}")
-    output = node.outputs[0]
-    output.name, output.shape, output.type = name, sources[0].shape, sources[0].type
-    graph.append(node)
+def _value(model: ir.Model, name: str, values: dict[str | None, ir.Value]) -> ir.Value | None:
+    """The value of that name, computed again from what the graph has where it was fused away."""
+    recorded = model.metadata_props.get(_TAP + name)
+    if name in values or recorded is None:
+        return values.get(name)
+    tap = json.loads(recorded)
+    parts = [_value(model, part, values) for part in tap["parts"]]
+    first = parts[0]
+    assert first is not None
+    whole = ir.node("Concat", parts, {"axis": -1}, name=f"plumbing/tap/{name}")
+    model.graph.append(whole)
+    if tap["bias"] is not None:
+        inputs = [whole.outputs[0], values[tap["bias"]]]
+        whole.outputs[0].name = f"plumbing/tap/{name}"
+        whole = ir.node("Add", inputs, name=f"plumbing/tap/{name}/bias")
+        model.graph.append(whole)
+    output = whole.outputs[0]
+    output.name, output.type = name, first.type
+    values[name] = output
     return output
 
 

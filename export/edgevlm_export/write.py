@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -29,7 +30,7 @@ class WeightFile:
         """Create the file; it must not exist."""
         self.path = path
         self._file = path.open("xb")
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._places: dict[bytes, Place] = {}
 
     def __enter__(self) -> WeightFile:
         """Keep the file open for a block."""
@@ -50,23 +51,41 @@ class WeightFile:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def place(self, raw: np.ndarray) -> tuple[int, int]:
-        """Offset and length of these bytes, which are appended unless they are there already."""
-        key = hashlib.sha256(raw.data).digest()
+    def write_table(self, table: np.ndarray, path: Path) -> None:
+        """Write an `.npy` file, whose bytes graphs use where they have the same tensor."""
+        np.save(path, table, allow_pickle=False)
+        raw = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+        start = path.stat().st_size - raw.nbytes
+        self._places[_key(raw)] = Place(path=path, offset=start, length=raw.nbytes)
+
+    def place(self, raw: np.ndarray) -> Place:
+        """Where these bytes are; they are appended unless they are there already."""
+        key = _key(raw)
         place = self._places.get(key)
         if place is None:
             start = -(-self._file.tell() // PAGE) * PAGE
             self._file.write(b"\0" * (start - self._file.tell()))
             self._file.write(raw.data)
-            place = self._places[key] = (start, raw.nbytes)
+            place = Place(path=self.path, offset=start, length=raw.nbytes)
+            self._places[key] = place
         return place
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A run of bytes in a file."""
+
+    path: Path
+    offset: int
+    length: int
+
+
 def write(model: ir.Model, path: Path, weights: WeightFile) -> None:
-    """Write one graph to `path`, its larger tensors to `weights`; `model` stays as it is."""
+    """Write one graph to `path`, its larger tensors to `weights`; `model` stays as it is.
+
+    The weights lie in the folder of the graph, or below it: ONNX Runtime reads no others.
+    """
     folder = path.parent.resolve()
-    location = weights.path.resolve()
-    assert folder in location.parents, "weights must lie beside the graph, or below it"
     written = model.clone()
     role = model.graph.name or path.stem
     for name, value in written.graph.initializers.items():
@@ -76,11 +95,11 @@ def write(model: ir.Model, path: Path, weights: WeightFile) -> None:
         if raw.nbytes < INLINE_BYTES:
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
             continue
-        offset, length = weights.place(raw)
+        place = weights.place(raw)
         value.const_value = ir.ExternalTensor(
-            location.relative_to(folder).as_posix(),
-            offset,
-            length,
+            place.path.resolve().relative_to(folder).as_posix(),
+            place.offset,
+            place.length,
             tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
             name=name,
@@ -90,6 +109,10 @@ def write(model: ir.Model, path: Path, weights: WeightFile) -> None:
         file.write(ir.to_proto(written).SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _key(raw: np.ndarray) -> bytes:
+    return hashlib.sha256(raw.data).digest()
 
 
 def _raw(tensor: ir.TensorProtocol, name: str, role: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from edgevlm_export.ops.attention import attention
 from edgevlm_export.ops.cached_attention import cached_attention
 from edgevlm_export.ops.gated import gated
 from edgevlm_export.ops.layer_norm import layer_norm
+from edgevlm_export.ops.logits import logits
 from edgevlm_export.ops.masked_attention import masked_attention
 from edgevlm_export.ops.rms_norm import rms_norm
 from edgevlm_export.ops.rotary import rotary
@@ -19,6 +20,7 @@ __all__ = [
     "cached_attention",
     "gated",
     "layer_norm",
+    "logits",
     "masked_attention",
     "rms_norm",
     "rotary",

@@ -8,6 +8,7 @@ from edgevlm_export.ops.cached_attention import OP as CACHED_ATTENTION
 from edgevlm_export.ops.gated import OP as GATED
 from edgevlm_export.ops.layer_norm import OP as LAYER_NORM
 from edgevlm_export.ops.linear import OP as LINEAR
+from edgevlm_export.ops.logits import OP as LOGITS
 from edgevlm_export.ops.masked_attention import OP as MASKED_ATTENTION
 from edgevlm_export.ops.rms_norm import OP as RMS_NORM
 from edgevlm_export.ops.rotary import OP as ROTARY
@@ -21,6 +22,7 @@ OPS = {
         GATED,
         LAYER_NORM,
         LINEAR,
+        LOGITS,
         MASKED_ATTENTION,
         RMS_NORM,
         ROTARY,

@@ -1,25 +1,28 @@
 """The bias of a projection moves into the node that reads it.
 
-    y = Add(x, bias);  z = Gelu(y)                    z = BiasGelu(x, bias)
-    y = Add(x, bias);  z = FastGelu(y)                z = FastGelu(x, bias)
-    y = Add(x, bias);  z = SkipLayerNormalization(r, y, weight, beta)
-                                        z = SkipLayerNormalization(r, x, weight, beta, bias)
+    z = Gelu(x + bias)                              z = BiasGelu(x, bias)
+    z = FastGelu(x + bias)                          z = FastGelu(x, bias)
+    z = SkipLayerNormalization(r, x + bias, w, b)   z = SkipLayerNormalization(r, x, w, b, bias)
+    z = MultiHeadAttention(q + a, k + b, v + c)     z = MultiHeadAttention(q, k, v, a|b|c)
 
-The value y, a site's output, is gone from the graph then; a tap says how to compute it again.
+The sums, outputs of sites, are gone from the graph then; taps say how to compute them again.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
+from edgevlm_export.emit import Emitter
 from edgevlm_export.ops.op import MICROSOFT
 from edgevlm_export.taps import record_tap
 
-# Op type -> fused op type, input that the bias is added to, input that the bias becomes.
+# Op type -> fused op type, inputs that biases are added to, input that the bias becomes.
 _FUSED = {
-    "Gelu": ("BiasGelu", 0, 1),
-    "FastGelu": ("FastGelu", 0, 1),
-    "SkipLayerNormalization": ("SkipLayerNormalization", 1, 4),
+    "Gelu": ("BiasGelu", (0,), 1),
+    "FastGelu": ("FastGelu", (0,), 1),
+    "SkipLayerNormalization": ("SkipLayerNormalization", (1,), 4),
+    "MultiHeadAttention": ("MultiHeadAttention", (0, 1, 2), 3),
 }
 
 
@@ -27,36 +30,29 @@ class FuseBias(ir.passes.InPlacePass):
     """Bias adds into the fused ops that take a bias."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fuse each bias whose sum has one reader."""
+        """Fuse the biases whose sums have one reader."""
         found = False
         for node in model.graph:
             if node.domain != MICROSOFT or node.op_type not in _FUSED:
                 continue
-            op_type, source, place = _FUSED[node.op_type]
-            add = _bias_add(node, source)
-            if add is None or len(node.inputs) > place:
-                continue
-            x, bias = add.inputs
-            assert x is not None
-            assert bias is not None
-            total = add.outputs[0]
-            assert x.name is not None
-            assert bias.name is not None
-            assert total.name is not None
-            x.shape, x.type = total.shape, total.type
-            node.resize_inputs(place + 1)
-            node.replace_input_with(source, x)
-            node.replace_input_with(place, bias)
-            node.op_type = op_type
-            model.graph.remove(add, safe=True)
-            record_tap(model, total.name, "Add", x.name, bias.name)
-            found = True
+            op_type, sources, place = _FUSED[node.op_type]
+            adds = [_bias_add(node, source) for source in sources]
+            free = len(node.inputs) <= place or node.inputs[place] is None
+            if free and all(adds):
+                bias = _joined_bias(model.graph, node, [add for add in adds if add])
+                node.resize_inputs(max(place + 1, len(node.inputs)))
+                node.replace_input_with(place, bias)
+                for source, add in zip(sources, adds, strict=True):
+                    assert add is not None
+                    _bypass(model, node, source, add)
+                node.op_type = op_type
+                found = True
         return ir.passes.PassResult(model, found)
 
 
 def _bias_add(node: ir.Node, source: int) -> ir.Node | None:
     """The add of a bias that only this node reads."""
-    value = node.inputs[source]
+    value = node.inputs[source] if source < len(node.inputs) else None
     add = value.producer() if value is not None else None
     if value is None or add is None or add.op_type != "Add" or add.domain:
         return None
@@ -65,3 +61,29 @@ def _bias_add(node: ir.Node, source: int) -> ir.Node | None:
         return None
     alone = len(value.uses()) == 1 and not value.is_graph_output()
     return add if alone else None
+
+
+def _joined_bias(graph: ir.Graph, node: ir.Node, adds: list[ir.Node]) -> ir.Value:
+    """The one bias, or all of them side by side in a new initializer."""
+    biases = [add.inputs[1] for add in adds]
+    if len(biases) == 1:
+        assert biases[0] is not None
+        return biases[0]
+    constants = [bias.const_value for bias in biases if bias is not None and bias.const_value]
+    name = f"{node.outputs[0].name}.bias"
+    return Emitter(graph, node).initializer(
+        name, lambda: ir.tensor(np.concatenate([x.numpy() for x in constants]), name=name)
+    )
+
+
+def _bypass(model: ir.Model, node: ir.Node, source: int, add: ir.Node) -> None:
+    x, bias = add.inputs
+    total = add.outputs[0]
+    assert x is not None
+    assert bias is not None
+    x.shape, x.type = total.shape, total.type
+    assert x.name is not None
+    assert total.name is not None
+    node.replace_input_with(source, x)
+    model.graph.remove(add, safe=True)
+    record_tap(model, total.name, [x.name], bias.name)

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgevlm_export.forms import FORMS
 from edgevlm_export.ops.op import MICROSOFT
 from edgevlm_export.rewrites.constant_shapes import ConstantShapes
 from edgevlm_export.rewrites.fuse_bias import FuseBias
 from edgevlm_export.rewrites.fuse_skip_norm import FuseSkipNorm
 from edgevlm_export.rewrites.lower_ops import LowerOps
+from edgevlm_export.rewrites.split_packed import SplitPacked
 from edgevlm_export.targets.target import Target, op_names
 from edgevlm_runtime.manifest import EngineSpec
 
 ORT = Target(
     name="ort",
-    form="inplace",
-    opset=21,
+    form=FORMS["ort"],
     ops={
         "": op_names(
             "Add Concat Conv Expand Gather LayerNormalization MatMul Mul Range Relu Reshape Shape",
             "SimplifiedLayerNormalization Slice Softmax Split Squeeze Transpose Unsqueeze",
         ),
         MICROSOFT: op_names(
-            "BiasGelu FastGelu Gelu GroupQueryAttention MultiHeadAttention QuickGelu",
+            "BiasGelu FastGelu FusedMatMul Gelu GroupQueryAttention MultiHeadAttention QuickGelu",
             "RotaryEmbedding SkipLayerNormalization SkipSimplifiedLayerNormalization",
         ),
     },
     dtypes=frozenset({ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64}),
     static_shapes=False,
-    rewrites=(ConstantShapes(), LowerOps(("contrib", "standard")), FuseSkipNorm(), FuseBias()),
+    rewrites=(
+        ConstantShapes(),
+        SplitPacked(),
+        LowerOps(("contrib", "standard")),
+        FuseSkipNorm(),
+        FuseBias(),
+    ),
     # A session that has run stops spinning, so that it does not slow the next graph's.
     engine=EngineSpec(kind="ort", options={"session.force_spinning_stop": "1"}),
 )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgevlm_export.forms import FORMS
 from edgevlm_export.rewrites.constant_shapes import ConstantShapes
 from edgevlm_export.rewrites.lower_ops import LowerOps
+from edgevlm_export.rewrites.split_packed import SplitPacked
 from edgevlm_export.targets.target import Target, op_names
 from edgevlm_runtime.manifest import EngineSpec
 
 STATIC = Target(
     name="static",
-    form="delta",
-    opset=19,
+    form=FORMS["static"],
     ops={
         "": op_names(
-            "Add Concat Conv Div Erf Expand Gather LayerNormalization MatMul Mul ReduceMean Relu",
-            "Reshape Sigmoid Slice Softmax Split Sqrt Sub Tanh Transpose",
+            "Add Concat Conv Div Erf Expand Gather Gemm LayerNormalization MatMul Mul ReduceMean",
+            "Relu Reshape Sigmoid Slice Softmax Split Sqrt Sub Tanh Transpose",
         ),
     },
     dtypes=frozenset({ir.DataType.FLOAT, ir.DataType.INT64}),
     static_shapes=True,
-    rewrites=(ConstantShapes(), LowerOps(("standard",))),
+    rewrites=(ConstantShapes(), SplitPacked(), LowerOps(("standard",))),
     engine=EngineSpec(kind="ort", options={"session.force_spinning_stop": "1"}),
 )

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from edgevlm_export.forms import Form
 from edgevlm_runtime.manifest import EngineSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Where graphs run: the state form they are captured in, and what happens to them after.
+    """Where graphs run: the form they are captured in, and what happens to them after.
 
     `ops` are the op types a finished graph may hold, by domain; `rewrites` run in order, each
     checked against the rest of this object.
     """
 
     name: str
-    form: str
-    opset: int
+    form: Form
     ops: Mapping[str, frozenset[str]]
     dtypes: frozenset[ir.DataType]
     static_shapes: bool
