@@ -2,18 +2,22 @@
 
 stage 1, vision   The vision encoder alone, on dense targets: what each patch shows, whose box it
                   belongs to, which character of a sign, and the picture's facts from the class
-                  token. Writes vision.safetensors.
+                  token. Two thirds of the pictures are full of signs, for practice in reading.
+                  Writes vision.safetensors.
 stage 2, packed   The whole model, from the encoder of stage 1 (or from an earlier stage 2 folder,
                   with a new warm-up and decay). Many questions share one picture in a packed
-                  sequence. Writes packed.safetensors, and with --export a bfloat16 checkpoint
+                  sequence; a tenth of the steps show pictures in pairs. --freeze-vision trains the
+                  projector and the decoder only, a third faster. Writes packed.safetensors, and with --export a bfloat16 checkpoint
                   that stock transformers loads.
 
-The shipped checkpoint was made on two shared CPU cores with
+The shipped checkpoint was made on two shared CPU cores (its first run without practice signs) with
 
   export OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
   python -m edgevlm.scenes.train vision --folder train/vision --hours 0.3 --seed 7
-  python -m edgevlm.scenes.train packed --start train/vision --folder train/packed \\
-      --export train/scenes-vlm-latest --hours 1.4 --seed 7 --compile
+  python -m edgevlm.scenes.train vision --start train/vision --folder train/vision2 \\
+      --hours 0.15 --seed 8
+  python -m edgevlm.scenes.train packed --start train/vision2 --folder train/packed \\
+      --export train/scenes-vlm --hours 1.1 --seed 7 --freeze-vision --compile
 
 The three variables keep waiting threads from spinning and freed memory in the process: they are
 worth a third of the speed on a CPU. The learning rate follows the time spent training, so a slow
