@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from edgevlm.model.graphs import ModelGraph, delta_step, inplace_step, vision_graph
 from edgevlm.model.vlm import Vlm
 from edgevlm.plan import Plan, PlannedGraph, VariantPlan
@@ -27,12 +25,12 @@ EMBEDDING = "embedding.npy"
 
 def write_graphs(model: Vlm, plan: Plan, folder: Path, progress: Progress) -> None:
     """Write all graphs, their weights and the embedding table into an empty folder."""
-    np.save(folder / EMBEDDING, model.embedding.weight.detach().numpy(), allow_pickle=False)
     total = sum(len(variant.graphs) for variant in plan.variants)
     with (
         progress.stage("graphs", total) as advance,
         WeightFile(folder / WEIGHTS) as weights,
     ):
+        weights.write_table(model.embedding.weight.detach().numpy(), folder / EMBEDDING)
         for variant in plan.variants:
             target = TARGETS[variant.target]
             for planned in variant.graphs:
@@ -76,7 +74,7 @@ def manifest_variant(plan: Plan, variant: VariantPlan) -> Variant:
                     engine=target.engine,
                     inputs=planned.signature.inputs,
                     outputs=planned.signature.outputs,
-                    weights=(WEIGHTS,),
+                    weights=_weights(plan, planned),
                     phases=planned.phases,
                     rows=planned.rows,
                     max_rows=planned.max_rows,
@@ -90,6 +88,12 @@ def manifest_variant(plan: Plan, variant: VariantPlan) -> Variant:
         rope=plan.spec.decoder.rope,
         max_positions=plan.spec.decoder.max_positions,
     )
+
+
+def _weights(plan: Plan, planned: PlannedGraph) -> tuple[str, ...]:
+    """The files that hold a graph's tensors: a tied head lies in the embedding table."""
+    shares_table = planned.role == "step" and plan.spec.decoder.tied
+    return (WEIGHTS, EMBEDDING) if shares_table else (WEIGHTS,)
 
 
 def _embedding(plan: Plan) -> GraphSpec:

@@ -14,6 +14,15 @@ from edgevlm.model.projector import build_projector
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.spec import AttentionSpec, DecoderSpec, VlmSpec
 from edgevlm.model.vision import Vision, grid_tables
+from edgevlm_export.ops import logits
+
+
+class Head(nn.Linear):
+    """Rows to logits; in a graph the weight keeps its layout, which a tied table shares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., W] to [..., V]."""
+        return logits(x, self.weight)
 
 
 class Decoder(nn.Module):
@@ -25,7 +34,7 @@ class Decoder(nn.Module):
         self.spec = spec
         self.layers = nn.ModuleList(Layer(spec.width, layer) for layer in spec.layers)
         self.norm = build_norm(spec.width, spec.norm)
-        self.head = nn.Linear(spec.width, spec.vocab_size, bias=False)
+        self.head = Head(spec.width, spec.vocab_size, bias=False)
 
     def forward(
         self, x: Tensor, keys: Sequence[KeySource], logit_rows: Tensor | None = None
@@ -38,8 +47,8 @@ class Decoder(nn.Module):
             x = layer(x, source)
         if logit_rows is not None:
             x = x.index_select(1, logit_rows)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        out: Tensor = self.head(self.norm(x))
+        return out
 
 
 class Vlm(nn.Module):
