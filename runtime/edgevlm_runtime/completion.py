@@ -34,7 +34,7 @@ class Completion:
     """One answer.
 
     `tokens` are the generated ids without the end-of-sequence token, whose place is told by
-    `finish_reason == "eos"`; `text` ends before a stop string. `context` means that the state is full.
+    `finish_reason == "eos"`; `text` ends before a stop string. `context`: the state is full.
     """
 
     text: str

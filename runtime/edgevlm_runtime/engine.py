@@ -2,7 +2,7 @@
 
 An engine is a loaded graph. Arrays are bound to it once, which gives a `Call`; every `run` of the
 call reads the bound inputs as they are then and writes the bound outputs in place. So the arrays
-that live from token to token (state, one row of embeddings, logits) are bound once and never copied.
+that live from token to token (state, a row of embeddings, logits) are bound once and never copied.
 """
 
 from __future__ import annotations
@@ -55,3 +55,23 @@ def open_engine(bundle: Bundle, graph: GraphSpec) -> Engine:
         f"graph {graph.name!r} wants engine {graph.engine.kind!r}, this runtime has 'ort'",
         hint="upgrade edgevlm-runtime, or compile for a target that it runs",
     )
+
+
+class Engines:
+    """The engines of a bundle: each graph is loaded when it is first asked for, and once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Load nothing yet."""
+        self._bundle = bundle
+        self._opened: dict[str, Engine] = {}
+
+    def open(self, graph: GraphSpec) -> Engine:
+        """The engine of a graph."""
+        if graph.name not in self._opened:
+            self._opened[graph.name] = open_engine(self._bundle, graph)
+        return self._opened[graph.name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The graphs that are loaded."""
+        return tuple(self._opened)

@@ -1,10 +1,10 @@
-"""Errors a user can cause and mend: one clause that says what is wrong, one hint that says the remedy.
+"""Errors a user can cause and mend: one clause says what is wrong, one hint says the remedy.
 
-    EdgeVlmError          exit code 1
-    |-- BundleError       5  missing, altered, unsafe, or of a format version this runtime does not read
-    |-- EngineError       3  a graph cannot be loaded or run on this machine
-    |-- InputError        2  an image or a prompt does not fit the bundle (also a ValueError)
-    `-- ResourceError     6  memory, disk, or a lock that somebody else holds
+EdgeVlmError          exit code 1
+|-- BundleError       5  missing, altered, unsafe, or of a format version that is not read
+|-- EngineError       3  a graph cannot be loaded or run on this machine
+|-- InputError        2  an image or a prompt does not fit the bundle (also a ValueError)
+`-- ResourceError     6  memory, disk, or a lock that somebody else holds
 """
 
 from __future__ import annotations

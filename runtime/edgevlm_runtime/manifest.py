@@ -17,7 +17,7 @@ Sources of graph inputs
     `last_slot:GROUP`    int32 [1], used slots + T - 1       (`seqlens_k` of GroupQueryAttention)
     `total:GROUP`        int32 [], used slots + T            (`total_sequence_length`)
     `used:GROUP`         int64 [1], used slots before this call
-    `mask:GROUP`         additive float mask [1, 1, T, S + T] over cache slots, then this call's rows
+    `mask:GROUP`         additive float mask [1, 1, T, S + T]: cache slots, then rows of this call
     `row_valid`          float [1, T, 1], 0 for padding rows, which come last
     `logit_rows`         int64 [R], the rows that logits are wanted for
     `state:NAME`         the state tensor of that name

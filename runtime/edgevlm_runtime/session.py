@@ -56,5 +56,5 @@ class Session:
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """End the generation in progress at its next token or prompt chunk. Safe from any thread."""
+        """End the generation in progress at its next token or prompt chunk, from any thread."""
         raise NotImplementedError

@@ -25,7 +25,7 @@ _NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or 
 
 def from_json(kind: type[T], data: Any, place: str = "manifest.json") -> T:
     """Build a dataclass from parsed JSON; `place` says in errors where the JSON came from."""
-    value: T = _parse(kind, data, f"{place}: ")
+    value: T = _parse(kind, data, place)
     return value
 
 
@@ -65,7 +65,7 @@ def read_json(text: bytes | str, place: str = "manifest.json") -> Any:
 
 
 def _parse(kind: Any, data: Any, path: str) -> Any:
-    """Check one value against one annotation. `path` ends in ': ' or in the place within."""
+    """Check one value against one annotation; `path` is `FILE`, then `FILE: key.key[0]`."""
     if kind is Any:
         return data
     origin = typing.get_origin(kind)
@@ -95,7 +95,7 @@ def _parse_dataclass(kind: Any, data: Any, path: str) -> Any:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             raise BundleError(
-                f"{_at(path)}unknown key {key!r}",
+                f"{path}: unknown key {key!r}",
                 hint=f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(hints)}",
             )
     for field in dataclasses.fields(kind):
@@ -103,7 +103,7 @@ def _parse_dataclass(kind: Any, data: Any, path: str) -> Any:
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
         if required and field.name not in data:
-            raise BundleError(f"{_at(path)}missing key {field.name!r}", hint=_RECOMPILE)
+            raise BundleError(f"{path}: missing key {field.name!r}", hint=_RECOMPILE)
     return kind(**{key: _parse(hints[key], item, _join(path, key)) for key, item in data.items()})
 
 
@@ -142,15 +142,11 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _join(path: str, key: str) -> str:
-    return f"{path}{key}" if path.endswith(": ") else f"{path}.{key}"
-
-
-def _at(path: str) -> str:
-    return path if path.endswith(": ") else f"{path}: "
+    return f"{path}.{key}" if ": " in path else f"{path}: {key}"
 
 
 def _wrong(path: str, expected: str, data: Any) -> BundleError:
     shown = json.dumps(data)
     if len(shown) > 60:
         shown = f"{shown[:57]}..."
-    return BundleError(f"{_at(path)}expected {expected}, got {shown}", hint=_RECOMPILE)
+    return BundleError(f"{path}: expected {expected}, got {shown}", hint=_RECOMPILE)

@@ -41,6 +41,10 @@ class Step:
     extras: Mapping[str, Array] = field(default_factory=dict)
 
 
+class Cancelled(Exception):  # noqa: N818 (a request was obeyed, nothing went wrong)
+    """A prefill was given up between two chunks, because it was asked to."""
+
+
 class Decoder(Protocol):
     """A language model with its state: consume rows, give logits, go back."""
 
@@ -57,7 +61,7 @@ class Decoder(Protocol):
     def prefill(self, prompt: Prompt, *, cancelled: Callable[[], bool] | None = None) -> Step:
         """Consume a prompt in chunks; logits of its last row.
 
-        `cancelled` is asked between chunks; `decode.Cancelled` is raised where it says yes.
+        `cancelled` is asked between chunks; `Cancelled` is raised where it says yes.
         """
         ...
 

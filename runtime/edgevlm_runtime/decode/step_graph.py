@@ -1,0 +1,230 @@
+"""A step graph in use: what its dimensions mean, and a call of T rows with its arrays bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.decode import feeds
+from edgevlm_runtime.decode.feeds import CallRows, Fill
+from edgevlm_runtime.decode.groups import Group
+from edgevlm_runtime.decode.protocol import Step
+from edgevlm_runtime.engine import Array, Engines
+from edgevlm_runtime.engines.table import read_array
+from edgevlm_runtime.errors import BundleError, EngineError
+from edgevlm_runtime.manifest import GraphSpec, TensorSpec
+from edgevlm_runtime.rotary import RotaryTable
+
+LOGITS = "logits"
+Shape = tuple[int | str, ...]
+
+# T rows of a call, n of them valid, R rows of logits
+
+
+class StepGraph:
+    """What the manifest says of a step graph, worked out. It is loaded at its first call."""
+
+    def __init__(self, bundle: Bundle, engines: Engines, graph: GraphSpec) -> None:
+        """Find the dimensions that are T and R."""
+        self.bundle, self.engines, self.graph = bundle, engines, graph
+        inputs = {tensor.source.partition(":")[0]: tensor for tensor in graph.inputs}
+        outputs = {tensor.name for tensor in graph.outputs}
+        if "embeds" not in inputs or LOGITS not in outputs:
+            raise BundleError(
+                f"step graph {graph.name!r} lacks an input of source 'embeds' or its logits",
+                hint="compile the bundle again",
+            )
+        self._rows = inputs["embeds"].shape[1]
+        self._logit_rows = inputs["logit_rows"].shape[0] if "logit_rows" in inputs else self._rows
+        self.picks_logits = "logit_rows" in inputs
+        self.per_row = {tensor.name for tensor in graph.outputs if self._is_per_row(tensor.shape)}
+        self._values_per_row = {
+            tensor.source.partition(":")[2]
+            for tensor in graph.inputs
+            if tensor.source.startswith("output:") and self._is_per_row(tensor.shape)
+        }
+
+    @property
+    def max_rows(self) -> int | None:
+        """The most rows of a call; None where any number goes."""
+        return self.graph.rows or self.graph.max_rows
+
+    @property
+    def max_verify_rows(self) -> int | None:
+        """The most rows of a call that wants logits of all of them."""
+        if isinstance(self._logit_rows, int) and self.max_rows is not None:
+            return min(self._logit_rows, self.max_rows)
+        return self.max_rows
+
+    def num_logits(self, num_rows: int, num_wanted: int) -> int:
+        """R of a call of T rows."""
+        if isinstance(self._logit_rows, int):
+            return self._logit_rows
+        return num_wanted if self.picks_logits else num_rows
+
+    def values_of_rows(
+        self, values: Mapping[str, Array], begin: int, end: int, num_rows: int
+    ) -> Mapping[str, Array]:
+        """The part of named values that belongs to some rows, where a value has one per row."""
+        return {
+            name: value[:, begin:end]
+            if name in self._values_per_row and value.shape[1] == num_rows
+            else value
+            for name, value in values.items()
+        }
+
+    def sized(self, shape: Shape, num_rows: int, num_logits: int) -> tuple[int, ...] | None:
+        """The shape in a call, None where it is only known after it."""
+        names = {self._rows: num_rows, self._logit_rows: num_logits}
+        if not all(isinstance(dim, int) or dim in names for dim in shape):
+            return None
+        return tuple(dim if isinstance(dim, int) else names[dim] for dim in shape)
+
+    def _is_per_row(self, shape: Shape) -> bool:
+        """Whether a tensor [1, T, ...] has one entry for each row of the call."""
+        return len(shape) > 1 and shape[1] == self._rows
+
+
+class BoundStep:
+    """A call of a step graph with T rows and R rows of logits, its arrays bound to a decoder's."""
+
+    def __init__(
+        self,
+        step: StepGraph,
+        num_rows: int,
+        num_logits: int,
+        groups: Sequence[Group],
+        rotary: RotaryTable | None,
+        values: Mapping[str, Array],
+    ) -> None:
+        """Make the arrays, and the list of what fills them."""
+        self._step, self._num_rows, self._num_logits = step, num_rows, num_logits
+        self._groups = {group.name: group for group in groups}
+        self._rotary = rotary
+        self._fills: list[Fill] = []
+        # One list per group, one array per block: what the graph writes of its state.
+        self.written = [
+            [
+                block.writes(num_rows - step.graph.dropped.get(group.name, 0))
+                for block in group.blocks
+            ]
+            for group in groups
+        ]
+        self._state_inputs: dict[str, Array] = {}
+        state_outputs: dict[str, Array] = {}
+        for group, arrays in zip(groups, self.written, strict=True):
+            for block, written in zip(group.blocks, arrays, strict=True):
+                read = block.reads()
+                for index, tensor in enumerate(block.tensors):
+                    array = read[index]
+                    self._state_inputs[tensor.name] = array
+                    if written is not None:
+                        state_outputs[tensor.output] = array if written is read else written[index]
+        inputs = {tensor.name: self._input(tensor, values) for tensor in step.graph.inputs}
+        self._rope_feed(inputs)
+        outputs = {
+            tensor.name: state_outputs[tensor.name]
+            if tensor.name in state_outputs
+            else self._output(tensor)
+            for tensor in step.graph.outputs
+        }
+        self._call = step.engines.open(step.graph).bind(inputs, outputs)
+        self._extras = [
+            tensor.name
+            for tensor in step.graph.outputs
+            if tensor.name != LOGITS and tensor.name not in state_outputs
+        ]
+
+    def run(self, rows: CallRows) -> Step:
+        """Fill the inputs and run; the state is not committed."""
+        for fill in self._fills:
+            fill(rows)
+        outputs = self._call.run()
+        logits = outputs[LOGITS][0]
+        wanted = rows.wanted
+        logits = logits[: len(wanted)] if self._step.picks_logits else logits[list(wanted)]
+        if not self._extras:
+            return Step(logits=logits)
+        num_valid = len(rows.embeds)
+        extras = {
+            name: outputs[name][:, :num_valid] if name in self._step.per_row else outputs[name]
+            for name in self._extras
+        }
+        return Step(logits=logits, extras=extras)
+
+    def _output(self, tensor: TensorSpec) -> Array | None:
+        """The array of an output, or None where the engine must find its size."""
+        shape = self._step.sized(tensor.shape, self._num_rows, self._num_logits)
+        return None if shape is None else np.zeros(shape, tensor.dtype)
+
+    def _input(self, tensor: TensorSpec, values: Mapping[str, Array]) -> Array:
+        """The array of an input; what fills it is put on the list."""
+        graph = self._step.graph
+        kind, _, name = tensor.source.partition(":")
+        if kind == "state":
+            return self._state_inputs[name]
+        if kind == "constant":
+            return np.array(read_array(self._step.bundle, name), tensor.dtype)
+        shape = self._step.sized(tensor.shape, self._num_rows, self._num_logits)
+        if kind == "output":
+            if name not in values:
+                raise EngineError(
+                    f"graph {graph.name!r} wants output {name!r}, which nothing gave",
+                    hint="pass it with the prompt or the tokens, as values={...}",
+                )
+            shape = shape or values[name].shape
+        if shape is None:
+            raise BundleError(
+                f"input {tensor.name!r} of graph {graph.name!r} has an unknown size",
+                hint="compile the bundle again",
+            )
+        array = np.zeros(shape, tensor.dtype)
+        fill = self._feed(kind, name, array, tensor)
+        if fill is not None:
+            self._fills.append(fill)
+        return array
+
+    def _feed(self, kind: str, name: str, array: Array, tensor: TensorSpec) -> Fill | None:
+        """What fills an input at every call; None for the rotary tables, which go together."""
+        graph = self._step.graph
+        if kind == "embeds":
+            return feeds.embeds_feed(array)
+        if kind == "logit_rows":
+            return feeds.logit_rows_feed(array)
+        if kind == "row_valid":
+            return feeds.row_valid_feed(array)
+        if kind == "output":
+            return feeds.value_feed(array, tensor, graph)
+        if kind in ("rope_cos", "rope_sin"):
+            return None
+        if kind in ("last_slot", "total", "used", "mask"):
+            group = self._groups[name]
+            num_rows = self._num_rows - graph.dropped.get(name, 0)
+            if kind == "mask":
+                feed = feeds.window_mask_feed if group.windowed else feeds.mask_feed
+                return feed(array, group, graph.mask_value)
+            offset = {"last_slot": num_rows - 1, "total": num_rows, "used": 0}[kind]
+            return feeds.slots_feed(array, group, offset)
+        raise BundleError(
+            f"input {tensor.name!r} of step graph {graph.name!r} has source {tensor.source!r}",
+            hint="only graphs that run before the decoder take it; compile the bundle again",
+        )
+
+    def _rope_feed(self, inputs: Mapping[str, Array]) -> None:
+        """Fill the two rotary tables together."""
+        tables = {
+            tensor.source: inputs[tensor.name]
+            for tensor in self._step.graph.inputs
+            if tensor.source in ("rope_cos", "rope_sin")
+        }
+        if tables:
+            if len(tables) < 2 or self._rotary is None:
+                raise BundleError(
+                    f"step graph {self._step.graph.name!r} wants {' and '.join(sorted(tables))}, "
+                    "which take a rope in the manifest and each other",
+                    hint="compile the bundle again",
+                )
+            feed = feeds.rope_feed(tables["rope_cos"], tables["rope_sin"], self._rotary)
+            self._fills.append(feed)
