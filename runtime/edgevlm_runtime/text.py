@@ -84,13 +84,17 @@ class TextSpec:
     def from_json(cls, data: Mapping[str, Any]) -> TextSpec:
         """Read the manifest's `text`; what is unknown, missing or wrong is a `BundleError`."""
         spec = structure.from_json(cls, data, "manifest.json: text")
+        problem = None
         if spec.positions not in POSITIONS:
             known = " or ".join(repr(name) for name in POSITIONS)
+            problem = f"positions: expected {known}, got {spec.positions!r}"
+        elif not spec.image_token:
+            problem = "image_token: it is empty"
+        if problem is not None:
             raise BundleError(
-                f"manifest.json: text.positions: expected {known}, got {spec.positions!r}"
+                f"manifest.json: text.{problem}",
+                hint="compile the bundle again, a manifest is not edited by hand",
             )
-        if not spec.image_token:
-            raise BundleError("manifest.json: text.image_token: it is empty")
         return spec
 
 

@@ -134,7 +134,7 @@ class ImageSpec:
         values: dict[str, Any] = {}
         for name, value in data.items():
             if name not in kinds:
-                raise BundleError(f"{_PLACE}: unknown key {name!r}")
+                raise BundleError(f"{_PLACE}: unknown key {name!r}", hint=_RECOMPILE)
             place = f"{_PLACE}.{name}"
             if name == "geometry":
                 values[name] = _geometry(value, place)
@@ -142,7 +142,7 @@ class ImageSpec:
                 values[name] = structure.from_json(kinds[name], value, place)
         for known in fields(cls):
             if known.name not in values and known.default_factory is MISSING:
-                raise BundleError(f"{_PLACE}: missing key {known.name!r}")
+                raise BundleError(f"{_PLACE}: missing key {known.name!r}", hint=_RECOMPILE)
         spec = cls(**values)
         _check(spec)
         return spec
@@ -169,13 +169,14 @@ class ImageLayout:
 
 
 _PLACE = "manifest.json: image"
+_RECOMPILE = "compile the bundle again, a manifest is not edited by hand"
 
 
 def _geometry(data: Any, place: str) -> Geometry:
     kind = data.get("kind") if isinstance(data, Mapping) else None
     if kind not in GEOMETRIES:
         known = ", ".join(repr(name) for name in GEOMETRIES)
-        raise BundleError(f"{place}.kind: expected one of {known}, got {kind!r}")
+        raise BundleError(f"{place}.kind: expected one of {known}, got {kind!r}", hint=_RECOMPILE)
     rest = {name: value for name, value in data.items() if name != "kind"}
     return structure.from_json(GEOMETRIES[kind], rest, place)
 
@@ -183,14 +184,15 @@ def _geometry(data: Any, place: str) -> Geometry:
 def _check(spec: ImageSpec) -> None:
     """Refuse values that the types allow and that mean nothing."""
     for place, problem in _problems(spec):
-        raise BundleError(f"{_PLACE}.{place}: {problem}")
+        raise BundleError(f"{_PLACE}.{place}: {problem}", hint=_RECOMPILE)
 
 
 def _problems(spec: ImageSpec) -> Iterator[tuple[str, str]]:
     geometry, rules = spec.geometry, spec.rules
     num_tokens = 1
     if isinstance(geometry, FixedGeometry):
-        sizes = (geometry.shortest_edge or 1, *(geometry.size or ()), *(geometry.crop or ()))
+        edge = 1 if geometry.shortest_edge is None else geometry.shortest_edge
+        sizes: tuple[int, ...] = (edge, *(geometry.size or ()), *(geometry.crop or ()))
         if geometry.shortest_edge is not None and geometry.size is not None:
             yield "geometry", "shortest_edge and size exclude each other"
         if geometry.size is None and geometry.crop is None:
