@@ -11,8 +11,8 @@ import time
 
 import torch
 
-_PROBE_STEPS = 4
-_KEEP_S = 60.0
+_PROBE_STEPS = 3
+_KEEP_S = 200.0
 
 
 class ThreadChooser:
@@ -44,8 +44,8 @@ class ThreadChooser:
             times.append(elapsed)
             if len(times) < _PROBE_STEPS:
                 return
-            # The first step after a change prepares kernels; the median ignores it.
-            self._step_s[index] = sorted(times)[(len(times) - 1) // 2]
+            # The first step after a change prepares kernels; the lower median ignores it.
+            self._step_s[index] = sorted(times)[len(times) // 2 - 1]
             del self._probe[0]
             if not self._probe:
                 self._chosen = min(range(len(self._choices)), key=self._step_s.__getitem__)

@@ -7,8 +7,8 @@ stage 1, vision   The vision encoder alone, on dense targets: what each patch sh
 stage 2, packed   The whole model, from the encoder of stage 1 (or from an earlier stage 2 folder,
                   with a new warm-up and decay). Many questions share one picture in a packed
                   sequence; a tenth of the steps show pictures in pairs. --freeze-vision trains the
-                  projector and the decoder only, a third faster. Writes packed.safetensors, and with --export a bfloat16 checkpoint
-                  that stock transformers loads.
+                  projector and the decoder only, a third faster. Writes packed.safetensors, and with
+                  --export a bfloat16 checkpoint that stock transformers loads.
 
 The shipped checkpoint was made on two shared CPU cores (its first run without practice signs) with
 

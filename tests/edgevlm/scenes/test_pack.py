@@ -94,7 +94,7 @@ def test_labels_are_the_answers(processor: LlavaProcessor) -> None:
     tokenizer = processor.tokenizer
     scenes = [make_scene(seed) for seed in (5, 6)]
     segments = draw_segments(scenes, random.Random(2))
-    packed = pack(segments, vocabulary_of(tokenizer), first_position=289, rows=6, width=84)
+    packed = pack(segments, vocabulary_of(tokenizer), first_position=289, rows=6, width=79)
     asked = {
         (number, TASKS.index(question.task), question.answer + "<|end|>")
         for number, questions in enumerate(segments)
