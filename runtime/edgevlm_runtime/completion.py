@@ -35,12 +35,14 @@ class Completion:
 
     `tokens` are the generated ids without the end-of-sequence token, whose place is told by
     `finish_reason == "eos"`; `text` ends before a stop string. `context`: the state is full.
+    `notes` say where a picture could not be treated as its own size calls for.
     """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     timings: Timings
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,6 +101,10 @@ class StepDecoder:
         for step in (self._choose("prefill", self.capacity), self._choose("decode", 1)):
             step.engines.open(step.graph)
 
+    def check_prompt(self, num_rows: int) -> None:
+        """Raise InputError where a prompt does not fit, and say by how much."""
+        self._check_room("prefill", list(self._chunks("prefill", num_rows, every=False)))
+
     def prefill(self, prompt: Prompt, *, cancelled: Callable[[], bool] | None = None) -> Step:
         """Consume a prompt in chunks; logits of its last row."""
         num_rows, axes = len(prompt.embeds), self._positions.shape[1]
