@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 PLUMBING = "plumbing"
+_LISTED = 8  # constants of more numbers are named after a hash
 
 
 class Emitter:
@@ -58,9 +60,7 @@ class Emitter:
 
     def constant(self, value: np.ndarray) -> ir.Value:
         """The initializer of this value, shared by all who ask for an equal one."""
-        flat = ",".join(format(x, ".9g") for x in value.ravel().tolist())
-        shape = "x".join(str(size) for size in value.shape)
-        name = f"{PLUMBING}/{value.dtype.name}[{shape}]({flat})"
+        name = constant_name(value)
         return self.initializer(name, lambda: ir.tensor(value, name=name))
 
     def ints(self, *values: int) -> ir.Value:
@@ -100,3 +100,13 @@ class Emitter:
         value = make(emitter)
         value.name = site
         return value
+
+
+def constant_name(value: np.ndarray) -> str:
+    """A name that says what the constant is: equal names, equal bytes."""
+    shape = "x".join(str(size) for size in value.shape)
+    if value.size <= _LISTED:
+        content = ",".join(repr(x) for x in value.ravel().tolist())
+    else:
+        content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
+    return f"{PLUMBING}/{value.dtype.name}[{shape}]({content})"

@@ -1,7 +1,7 @@
 """Shapes that are known up to one dimension become constants.
 
-    shape = Concat(Shape(x)[0], 16, 64);  y = Reshape(x, shape)
-    y = Reshape(x, [-1, 16, 64])
+    shape = Concat(Shape(x)[0], 16, 64);  y = Reshape(x, shape)         y = Reshape(x, [-1, 16, 64])
+    y = Reshape(x, shape), y of the shape of x                          y = x
 
 torch.export computes every shape with a dynamic dimension, which costs a handful of nodes each.
 """
@@ -18,19 +18,26 @@ class ConstantShapes(ir.passes.InPlacePass):
     """Reshapes to shapes that inference knows."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Give each Reshape with at most one dynamic dimension a constant shape."""
-        found = False
-        for node in model.graph:
-            if node.op_type != "Reshape" or node.outputs[0].shape is None:
+        """Give each Reshape with at most one dynamic dimension a constant shape, or drop it."""
+        found = [node for node in model.graph if node.op_type == "Reshape" and _is_known(node)]
+        for node in found:
+            x, out = node.inputs[0], node.outputs[0]
+            assert x is not None
+            assert out.shape is not None
+            if x.shape == out.shape and not out.is_graph_output():
+                ir.convenience.replace_all_uses_with(out, x)
                 continue
-            shape = node.inputs[1]
-            if shape is not None and shape.const_value is not None:
-                continue
-            sizes = [size if isinstance(size, int) else -1 for size in node.outputs[0].shape]
-            if sizes.count(-1) <= 1 and 0 not in sizes:
-                node.replace_input_with(1, Emitter(model.graph, node).ints(*sizes))
-                node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
-                found = True
+            sizes = [size if isinstance(size, int) else -1 for size in out.shape]
+            node.replace_input_with(1, Emitter(model.graph, node).ints(*sizes))
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         if found:
             RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, found)
+        return ir.passes.PassResult(model, bool(found))
+
+
+def _is_known(node: ir.Node) -> bool:
+    shape = node.outputs[0].shape
+    if shape is None:
+        return False
+    dynamic = [size for size in shape if not isinstance(size, int)]
+    return len(dynamic) <= 1 and 0 not in shape

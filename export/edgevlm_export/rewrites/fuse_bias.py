@@ -38,16 +38,17 @@ class FuseBias(ir.passes.InPlacePass):
             op_type, sources, place = _FUSED[node.op_type]
             adds = [_bias_add(node, source) for source in sources]
             free = len(node.inputs) <= place or node.inputs[place] is None
-            if free and all(adds):
-                bias = _joined_bias(model.graph, node, [add for add in adds if add])
-                node.resize_inputs(max(place + 1, len(node.inputs)))
-                node.replace_input_with(place, bias)
-                for source, add in zip(sources, adds, strict=True):
-                    assert add is not None
-                    _bypass(model, node, source, add)
+            if free and all(adds) and _are_one_site(adds):
+                _fuse(model, node, [add for add in adds if add], sources, place)
                 node.op_type = op_type
                 found = True
         return ir.passes.PassResult(model, found)
+
+
+def _are_one_site(adds: list[ir.Node | None]) -> bool:
+    """Whether the sums are the output of one site: one sum, or the parts of one projection."""
+    names = [str(add.outputs[0].name).rpartition("/")[0] for add in adds if add]
+    return len(adds) == 1 or (bool(names[0]) and len(set(names)) == 1)
 
 
 def _bias_add(node: ir.Node, source: int) -> ir.Node | None:
@@ -63,6 +64,24 @@ def _bias_add(node: ir.Node, source: int) -> ir.Node | None:
     return add if alone else None
 
 
+def _fuse(
+    model: ir.Model, node: ir.Node, adds: list[ir.Node], sources: tuple[int, ...], place: int
+) -> None:
+    """Let the node read what the biases were added to, and the biases side by side."""
+    bias = _joined_bias(model.graph, node, adds)
+    parts = []
+    for source, add in zip(sources, adds, strict=True):
+        x, total = add.inputs[0], add.outputs[0]
+        assert x is not None
+        x.shape, x.type = total.shape, total.type
+        node.replace_input_with(source, x)
+        model.graph.remove(add, safe=True)
+        parts.append(str(x.name))
+    node.resize_inputs(max(place + 1, len(node.inputs)))
+    node.replace_input_with(place, bias)
+    record_tap(model, _site([add.outputs[0] for add in adds]), parts, bias.name)
+
+
 def _joined_bias(graph: ir.Graph, node: ir.Node, adds: list[ir.Node]) -> ir.Value:
     """The one bias, or all of them side by side in a new initializer."""
     biases = [add.inputs[1] for add in adds]
@@ -70,20 +89,13 @@ def _joined_bias(graph: ir.Graph, node: ir.Node, adds: list[ir.Node]) -> ir.Valu
         assert biases[0] is not None
         return biases[0]
     constants = [bias.const_value for bias in biases if bias is not None and bias.const_value]
-    name = f"{node.outputs[0].name}.bias"
+    name = f"{_site([add.outputs[0] for add in adds])}.bias"
     return Emitter(graph, node).initializer(
         name, lambda: ir.tensor(np.concatenate([x.numpy() for x in constants]), name=name)
     )
 
 
-def _bypass(model: ir.Model, node: ir.Node, source: int, add: ir.Node) -> None:
-    x, bias = add.inputs
-    total = add.outputs[0]
-    assert x is not None
-    assert bias is not None
-    x.shape, x.type = total.shape, total.type
-    assert x.name is not None
-    assert total.name is not None
-    node.replace_input_with(source, x)
-    model.graph.remove(add, safe=True)
-    record_tap(model, total.name, [x.name], bias.name)
+def _site(totals: list[ir.Value]) -> str:
+    """The site whose output the sums are; three sums are the parts of a packed projection."""
+    names = [str(total.name) for total in totals]
+    return names[0] if len(names) == 1 else names[0].rpartition("/")[0]

@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from edgevlm_export.forms import FORMS
 from edgevlm_export.ops.op import MICROSOFT
-from edgevlm_export.rewrites.constant_shapes import ConstantShapes
 from edgevlm_export.rewrites.fuse_bias import FuseBias
 from edgevlm_export.rewrites.fuse_skip_norm import FuseSkipNorm
 from edgevlm_export.rewrites.lower_ops import LowerOps
@@ -30,7 +29,6 @@ ORT = Target(
     dtypes=frozenset({ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64}),
     static_shapes=False,
     rewrites=(
-        ConstantShapes(),
         SplitPacked(),
         LowerOps(("contrib", "standard")),
         FuseSkipNorm(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgevlm_export.forms import FORMS
-from edgevlm_export.rewrites.constant_shapes import ConstantShapes
 from edgevlm_export.rewrites.lower_ops import LowerOps
 from edgevlm_export.rewrites.split_packed import SplitPacked
 from edgevlm_export.targets.target import Target, op_names
@@ -22,6 +21,6 @@ STATIC = Target(
     },
     dtypes=frozenset({ir.DataType.FLOAT, ir.DataType.INT64}),
     static_shapes=True,
-    rewrites=(ConstantShapes(), SplitPacked(), LowerOps(("standard",))),
+    rewrites=(SplitPacked(), LowerOps(("standard",))),
     engine=EngineSpec(kind="ort", options={"session.force_spinning_stop": "1"}),
 )
