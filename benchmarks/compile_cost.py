@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             recipe.write_text("\n".join([*lines, f"targets: [{arguments.target}]"]) + "\n")
         try:
             started = time.monotonic()
+            command = [sys.executable, "-m", "edgevlm", "compile", str(recipe)]
             done = subprocess.run(
-                [sys.executable, "-m", "edgevlm", "compile", str(recipe), "--json"]
-                + ["--out", f"{folder}/bundle"],
+                [*command, "--json", "--out", f"{folder}/bundle"],
                 env={**os.environ, "HOME": folder},
                 stdout=subprocess.PIPE,
                 check=True,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from edgevlm.cache import StageCache, code_version, default_root, digest, file_digest
 from edgevlm.checkpoint import load, open_checkpoint
@@ -27,6 +26,7 @@ from edgevlm.evidence.exam import prepare_exam
 from edgevlm.evidence.gates import limits
 from edgevlm.evidence.gather import Subject, eager_witnesses, gather, reference_witnesses
 from edgevlm.evidence.ladder import Climb
+from edgevlm.families.text_spec import tokenizer_json
 from edgevlm.graphs import manifest_variant, write_graphs
 from edgevlm.model.vlm import Vlm
 from edgevlm.passes.base import Applied, Context
@@ -40,16 +40,17 @@ from edgevlm.solve import refuse
 from edgevlm_runtime._version import __version__
 from edgevlm_runtime.manifest import FORMAT_VERSION, FileEntry, Manifest, ModelInfo
 from edgevlm_runtime.structure import to_json
+from edgevlm_runtime.text import TextSpec, load_tokenizer
 
 HF_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+TOKENIZER = "tokenizer.json"
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -116,6 +117,7 @@ class Job:
             for name in HF_FILES:
                 if name in self.checkpoint.files:
                     (staging / name).write_bytes(self.checkpoint.files[name])
+            (staging / TOKENIZER).write_bytes(self._tokenizer)
             files = file_entries(staging)
             advance(1)
         provenance = self._provenance(changes["changes"])
@@ -123,6 +125,11 @@ class Job:
         rungs = gather(subject, climb)
         evidence = {"samples": self._samples_note(climb), "rungs": [r.to_json() for r in rungs]}
         write_manifest(staging, self._manifest(files, {**provenance, "evidence": evidence}))
+
+    @cached_property
+    def _tokenizer(self) -> bytes:
+        """The tokenizer as transformers runs it, which need not be what its file says."""
+        return tokenizer_json(self.checkpoint.folder, TextSpec.from_json(self._spec.text))
 
     def model(self) -> Vlm:
         """The model after its passes; held until `fill` lets it go."""
@@ -171,7 +178,7 @@ class Job:
             self._samples(),
             self._spec.image,
             self._spec.text,
-            Tokenizer.from_str(self.checkpoint.files["tokenizer.json"].decode()),
+            load_tokenizer(self._tokenizer),
             end_tokens=frozenset(self._spec.generation.eos_token_ids),
             max_new_tokens=options.max_new_tokens,
             score=None if drawn else score_answers,

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from edgevlm.cache import StageCache, code_version, digest
 from edgevlm.checkpoint import open_checkpoint
 from edgevlm.errors import ModelError
@@ -17,6 +15,7 @@ from edgevlm.progress import Progress
 from edgevlm.samples import Sample, score_answers
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.session import Session
+from edgevlm_runtime.text import load_tokenizer
 
 REFEREE_BATCH = 16
 
@@ -84,7 +83,7 @@ def _exam(bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int) -> Exa
         samples,
         manifest.image,
         manifest.text,
-        Tokenizer.from_str(bytes(bundle.file("tokenizer.json")).decode()),
+        load_tokenizer(bytes(bundle.file("tokenizer.json"))),
         end_tokens=frozenset(manifest.generation.eos_token_ids),
         max_new_tokens=max_new_tokens,
         score=None,
