@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgevlm.commands.bundle import bundle_document, show_evidence
 from edgevlm.commands.output import console, mebibytes, print_json
-from edgevlm.commands.progress import shown_progress
+from edgevlm.commands.progress import shown_progress, silence_libraries
 from edgevlm.recipe import load_recipe
 
 
@@ -19,6 +19,7 @@ def compile_command(path: Path, out: Path | None, *, as_json: bool, quiet: bool)
     from edgevlm_runtime.bundle import Bundle
 
     out = out or Path("build") / recipe.name
+    silence_libraries()
     begun = time.monotonic()
     compile_recipe(recipe, out, progress=shown_progress(quiet=quiet))
     seconds = time.monotonic() - begun

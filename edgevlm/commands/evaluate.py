@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from edgevlm.commands.output import console, print_json, table
-from edgevlm.commands.progress import shown_progress
+from edgevlm.commands.progress import shown_progress, silence_libraries
 from edgevlm.errors import ModelError
 from edgevlm.resources import data_folder
 from edgevlm_runtime.bundle import Bundle
@@ -44,6 +44,7 @@ def eval_command(path: Path, options: EvalOptions, *, as_json: bool, quiet: bool
     if options.against is not None:
         referee = options.checkpoint or find_checkpoint(bundle)
         check_checkpoint(bundle, referee)
+        silence_libraries()
 
     from edgevlm.cache import StageCache, default_root
     from edgevlm.evaluate import evaluate

@@ -52,18 +52,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table without borders but for the line under its head."""
+def table(title: str | None, *columns: str) -> Table:
+    """A table without borders; its first column is never cut."""
     made = Table(
         title=title,
         title_justify="left",
         title_style="bold",
         box=None,
         pad_edge=False,
-        padding=(0, 2),
+        padding=(0, 2, 0, 0),
     )
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", header_style="dim")
+    for number, column in enumerate(columns):
+        made.add_column(column, no_wrap=number == 0, header_style="dim")
     return made
 
 

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from edgevlm.progress import Advance, Progress, Silent
 
-__all__ = ["Bars", "Lines", "shown_progress"]
+__all__ = ["Bars", "Lines", "shown_progress", "silence_libraries"]
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -20,6 +20,13 @@ def shown_progress(*, quiet: bool) -> Progress:
     if quiet:
         return Silent()
     return Bars() if sys.stderr.isatty() else Lines(sys.stderr)
+
+
+def silence_libraries() -> None:
+    """Turn off the progress bars of transformers, which would run through ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 class Bars:
