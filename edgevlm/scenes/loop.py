@@ -52,6 +52,7 @@ class Budget:
     vision_share: float = 1.0
     warm_up: float = 0.02
     floor: float = 0.02
+    num_threads: int | None = None
     save_minutes: float = 4.0
     log_minutes: float = 1.0
 
@@ -71,7 +72,7 @@ def run_stage(stage: Stage, budget: Budget, *, resume: bool) -> None:
         _LOG.info("resumed at step %d after %.0f s", step, spent)
     seconds = budget.hours * 3600
     log = _Log(seconds)
-    threads = ThreadChooser()
+    threads = ThreadChooser(budget.num_threads)
     saved_at = spent
     stage.module.train()
     batches = _load(stage, first=step)

@@ -36,7 +36,7 @@ from edgevlm.scenes.scene import Scene, check_split, make_scene
 from edgevlm.scenes.tokens import ASSISTANT, END, PAD, USER, build_tokenizer, token_id
 from edgevlm.scenes.words import TASKS
 
-_PICTURES = 16
+_PICTURES = 8
 # Prefix and row together are 224 or 368 keys: whole vectors, which doubles the softmax's speed.
 _WIDTH = 79
 _ROWS = {1: 4, 2: 6}

@@ -18,9 +18,10 @@ _KEEP_S = 200.0
 class ThreadChooser:
     """Call `step` after every training step; it sets the number of threads."""
 
-    def __init__(self) -> None:
-        """Start on one thread; the first probe comes after a minute."""
-        self._choices = sorted({1, os.cpu_count() or 1})
+    def __init__(self, num_threads: int | None) -> None:
+        """Keep a given number of threads, or start on one and probe."""
+        all_threads = os.cpu_count() or 1
+        self._choices = sorted({1, all_threads}) if num_threads is None else [num_threads]
         self._chosen = 0
         self._step_s = [float("inf")] * len(self._choices)
         self._last = time.monotonic()

@@ -7,8 +7,8 @@ stage 1, vision   The vision encoder alone, on dense targets: what each patch sh
 stage 2, packed   The whole model, from the encoder of stage 1 (or from an earlier stage 2 folder,
                   with a new warm-up and decay). Many questions share one picture in a packed
                   sequence; a tenth of the steps show pictures in pairs. --freeze-vision trains the
-                  projector and the decoder only, a third faster. Writes packed.safetensors, and with
-                  --export a bfloat16 checkpoint that stock transformers loads.
+                  projector and the decoder only, a third faster. Writes packed.safetensors, and
+                  with --export a bfloat16 checkpoint that stock transformers loads.
 
 The shipped checkpoint was made on two shared CPU cores (its first run without practice signs) with
 
@@ -17,7 +17,7 @@ The shipped checkpoint was made on two shared CPU cores (its first run without p
   python -m edgevlm.scenes.train vision --start train/vision --folder train/vision2 \\
       --hours 0.15 --seed 8
   python -m edgevlm.scenes.train packed --start train/vision2 --folder train/packed \\
-      --export train/scenes-vlm --hours 1.1 --seed 7 --freeze-vision --compile
+      --export train/scenes-vlm --hours 1.1 --seed 7 --freeze-vision --compile --threads 1
 
 The three variables keep waiting threads from spinning and freed memory in the process: they are
 worth a third of the speed on a CPU. The learning rate follows the time spent training, so a slow
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stage == "vision":
         from edgevlm.scenes.vision_stage import VisionStage
 
-        budget = Budget(folder=options.folder, hours=options.hours)
+        budget = Budget(folder=options.folder, hours=options.hours, num_threads=options.threads)
         run_stage(VisionStage(options.seed, host, options.start), budget, resume=options.resume)
         return
     from edgevlm.scenes.packed_stage import PackedStage
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         muon_rate=2e-3 * options.rate,
         adam_rate=1.5e-3 * options.rate,
         vision_share=0.5,
+        num_threads=options.threads,
     )
     run_stage(stage, budget, resume=options.resume)
 
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from the folder's state")
     parser.add_argument("--start", type=Path, help="folder to take weights from")
     parser.add_argument("--export", type=Path, help="packed: checkpoint folder, kept up to date")
+    parser.add_argument("--threads", type=int, help="threads (default: one or all, by trial)")
     parser.add_argument("--rate", type=float, default=1.0, help="packed: learning rate factor")
     parser.add_argument(
         "--freeze-vision", action="store_true", help="packed: train projector and decoder only"
