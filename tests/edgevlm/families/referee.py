@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from edgevlm.checkpoint import load, open_checkpoint
 from edgevlm.families.image_spec import ImageChoices
+from edgevlm.model.loading import reference_weights
 from edgevlm.model.vlm import Vlm
 
 NUM_STEPS = 32
@@ -88,10 +89,14 @@ def tied(model: PreTrainedModel) -> bool:
 def saved_and_loaded(
     model: PreTrainedModel, folder: Path, choices: ImageChoices | None = None
 ) -> Vlm:
-    """Our model of what transformers saves."""
+    """Our model of what transformers saves; its weights go back as they came."""
     model.save_pretrained(folder)
     checkpoint = open_checkpoint(str(folder))
-    return load(checkpoint, checkpoint.architecture(choices))
+    ours = load(checkpoint, checkpoint.architecture(choices))
+    theirs = model.state_dict()
+    for name, tensor in reference_weights(ours, checkpoint.family.weights(ours.spec)):
+        assert torch.equal(tensor, theirs[name]), name
+    return ours
 
 
 @torch.no_grad()
