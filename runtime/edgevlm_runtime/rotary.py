@@ -23,7 +23,8 @@ class RotaryTable:
         self._scaling = np.float32(spec.attention_scaling)
         self._sections = np.repeat(np.arange(len(spec.sections)), spec.sections)
         self.num_axes = len(spec.sections) or 1
-        self._cos, self._sin = self._rows(np.arange(num_positions, dtype=np.float32)[:, None])
+        whole = np.arange(num_positions, dtype=np.float32)
+        self._cos, self._sin = self._rows(np.tile(whole[:, None], self.num_axes))
 
     def fill(self, positions: Array, cos: Array, sin: Array) -> None:
         """Write rows 0 to T - 1 of `cos` and `sin` for positions [T, axes]."""

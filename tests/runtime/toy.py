@@ -47,11 +47,11 @@ def toy_weights(layers: Sequence[Layer], seed: int) -> dict[str, Array]:
     def matrix(rows: int, columns: int) -> Array:
         return (random.standard_normal((rows, columns)) / rows**0.5).astype(np.float32)
 
-    weights = {"head": 3 * matrix(WIDTH, VOCAB)}
+    weights = {"head": matrix(WIDTH, VOCAB)}
     for layer in layers:
         if layer.kind == "attention":
             for part, columns in (("q", HEADS * HEAD_DIM), ("k", HEAD_DIM), ("v", HEAD_DIM)):
-                weights[f"{layer.name}.{part}"] = 2 * matrix(WIDTH, columns)
+                weights[f"{layer.name}.{part}"] = matrix(WIDTH, columns)
             weights[f"{layer.name}.out"] = matrix(HEADS * HEAD_DIM, WIDTH)
         elif layer.kind == "conv":
             weights[f"{layer.name}.in"] = matrix(WIDTH, WIDTH)
