@@ -207,6 +207,7 @@ def evaluate(
         typer.Option(metavar="FOLDER", help="Your own samples.jsonl; else the picture world."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of questions.")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -220,6 +221,7 @@ def evaluate(
         checkpoint=checkpoint,
         data=data,
         seed=seed,
+        max_new_tokens=max_new_tokens,
     )
     eval_command(bundle, options, as_json=json, quiet=quiet)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgevlm.evaluate import EvalReport
 
 REFEREES = ("hf",)
+COPIED = frozenset({"config.json", "generation_config.json", "tokenizer_config.json"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,7 @@ class EvalOptions:
     checkpoint: Path | None
     data: Path | None
     seed: int
+    max_new_tokens: int | None
 
 
 def eval_command(path: Path, options: EvalOptions, *, as_json: bool, quiet: bool) -> None:
@@ -58,6 +60,7 @@ def eval_command(path: Path, options: EvalOptions, *, as_json: bool, quiet: bool
         progress=shown_progress(quiet=quiet),
         referee=referee,
         cache=StageCache(root=default_root()),
+        max_new_tokens=options.max_new_tokens,
     )
     document = eval_document(bundle, options, report, time.monotonic() - begun)
     if as_json:
@@ -136,7 +139,8 @@ def find_checkpoint(bundle: Bundle) -> Path:
 
 def check_checkpoint(bundle: Bundle, folder: Path) -> None:
     """Refuse a checkpoint whose small files are not those in the bundle."""
-    for name in ("config.json", "tokenizer.json"):
+    # The tokenizer is not among them: a bundle has it as transformers runs it.
+    for name in sorted(COPIED.intersection(bundle.files)):
         path = folder / name
         if not path.is_file() or path.read_bytes() != bytes(bundle.file(name)):
             raise ModelError(
