@@ -157,7 +157,7 @@ def _vision(fields: Fields, choices: ImageChoices) -> VisionSpec:
         width=width,
         num_channels=channels,
         patch_size=patch,
-        grids=_grids(choices, merge),
+        grids=_grids(choices, merge, window),
         layers=tuple(
             LayerSpec(
                 mixer="attention" if index in full else "window_attention",
@@ -180,13 +180,14 @@ def _vision(fields: Fields, choices: ImageChoices) -> VisionSpec:
     return vision
 
 
-def _grids(choices: ImageChoices, merge: int) -> tuple[tuple[int, int], ...]:
-    """The patch grids to build for."""
+def _grids(choices: ImageChoices, merge: int, window: int) -> tuple[tuple[int, int], ...]:
+    """The patch grids to build for.
+
+    Weights have no grid, so one window stands for them where none is chosen; the image spec, which
+    says what pictures become, demands a choice.
+    """
     if not choices.grids:
-        raise ModelError(
-            "family 'qwen2_5_vl' takes pictures of any size, and no grids are chosen",
-            hint="list the patch grids to compile for, such as [32, 32], in the recipe",
-        )
+        return ((window, window),)
     for height, width in choices.grids:
         if height % merge or width % merge or min(height, width) < merge:
             raise ModelError(

@@ -301,23 +301,15 @@ def test_what_a_family_does_not_do_is_said_by_name(name: str) -> None:
     assert refusal(config) == message
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        (
-            ImageChoices(),
-            "family 'qwen2_5_vl' takes pictures of any size, and no grids are chosen\n"
-            "  hint: list the patch grids to compile for, such as [32, 32], in the recipe",
-        ),
-        (
-            ImageChoices(grids=((32, 31),)),
-            "a grid of 32 x 31 patches does not divide into squares of 2 x 2\n"
-            "  hint: choose multiples of 2",
-        ),
-    ],
-)
-def test_native_pictures_need_grids(choices: ImageChoices, message: str) -> None:
-    assert refusal(QWEN25_VL_3B, choices) == message
+def test_grids_are_whole_squares() -> None:
+    assert refusal(QWEN25_VL_3B, ImageChoices(grids=((32, 31),))) == (
+        "a grid of 32 x 31 patches does not divide into squares of 2 x 2\n"
+        "  hint: choose multiples of 2"
+    )
+
+
+def test_weights_alone_need_no_grid() -> None:
+    assert read(QWEN25_VL_3B, ImageChoices()).vision.grids == ((8, 8),)
 
 
 def test_generation_defaults_and_wishes() -> None:
