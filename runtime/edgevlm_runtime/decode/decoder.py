@@ -251,6 +251,14 @@ class StepDecoder:
 
     def _check_room(self, phase: str, chunks: Sequence[tuple[StepGraph, int]]) -> None:
         """Refuse rows that do not fit, before any is consumed."""
+        for step, size in chunks:
+            dropped = max(step.graph.dropped.values(), default=0)
+            if dropped >= size:
+                raise InputError(
+                    f"graph {step.graph.name!r} drops {dropped} of the rows of every call, "
+                    f"got a piece of {size}",
+                    hint="lengthen the prompt, or compile with another size of pieces",
+                )
         num_rows = sum(size for _, size in chunks)
         excess = num_rows - (len(self._positions) - 1 - self._length)
         for group in self._groups:
