@@ -174,8 +174,8 @@ def test_an_answer_is_that_of_the_recurrence(session: Session, num_images: int) 
 
 
 def test_logits_and_extras_through_the_decoder(session: Session) -> None:
-    prompt = session.encode("where is a cat?", PICTURES)
-    rows = reference_prompt(session, "where is a cat?", 2)
+    prompt = session.encode("where is the cat now?", PICTURES)
+    rows = reference_prompt(session, "where is the cat now?", 2)
     np.testing.assert_allclose(prompt.embeds, rows, atol=TOLERANCE, rtol=0)
     reference, logits = reference_prefill(rows)
     decoder = session.open_decoder()
