@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgevlm.device import Device
-    from edgevlm.samples import Sample
     from edgevlm.model.spec import VlmSpec
     from edgevlm.model.vlm import Vlm
+    from edgevlm.samples import Sample
 
 logger = logging.getLogger(__name__)
 
