@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
+from edgevlm_export.invariants import check
 from edgevlm_export.targets import Target
 
 
@@ -13,10 +14,12 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     lowered = model.clone()
     lowered.meta.update(model.meta)
     lowered.opset_imports[""] = target.form.opset
-    for rewrite in target.rewrites:
-        rewrite(lowered)
-    RemoveUnusedNodesPass()(lowered)
+    for count, rewrite in enumerate(target.rewrites, start=1):
+        lowered = rewrite(lowered).model
+        RemoveUnusedNodesPass()(lowered)
+        if target.static_shapes:
+            ShapeInferencePass()(lowered)
+        check(lowered, target, target.rewrites[:count])
     for node in lowered.graph:
-        if node.domain and node.domain not in lowered.opset_imports:
-            lowered.opset_imports[node.domain] = 1
+        lowered.opset_imports.setdefault(node.domain, 1)
     return lowered

@@ -10,8 +10,7 @@ from edgevlm_export.rewrites.fuse_bias import FuseBias
 from edgevlm_export.rewrites.fuse_skip_norm import FuseSkipNorm
 from edgevlm_export.rewrites.lower_ops import LowerOps
 from edgevlm_export.rewrites.split_packed import SplitPacked
-from edgevlm_export.targets.target import Target, op_names
-from edgevlm_runtime.manifest import EngineSpec
+from edgevlm_export.targets.target import Target, host_engine, op_names
 
 ORT = Target(
     name="ort",
@@ -34,6 +33,5 @@ ORT = Target(
         FuseSkipNorm(),
         FuseBias(),
     ),
-    # A session that has run stops spinning, so that it does not slow the next graph's.
-    engine=EngineSpec(kind="ort", options={"session.force_spinning_stop": "1"}),
+    engine=host_engine("MatMulAddFusion", "NchwcTransformer"),
 )

@@ -6,9 +6,9 @@ import onnx_ir as ir
 
 from edgevlm_export.forms import FORMS
 from edgevlm_export.rewrites.lower_ops import LowerOps
+from edgevlm_export.rewrites.simplify import Simplify
 from edgevlm_export.rewrites.split_packed import SplitPacked
-from edgevlm_export.targets.target import Target, op_names
-from edgevlm_runtime.manifest import EngineSpec
+from edgevlm_export.targets.target import Target, host_engine, op_names
 
 STATIC = Target(
     name="static",
@@ -21,6 +21,6 @@ STATIC = Target(
     },
     dtypes=frozenset({ir.DataType.FLOAT, ir.DataType.INT64}),
     static_shapes=True,
-    rewrites=(SplitPacked(), LowerOps(("standard",))),
-    engine=EngineSpec(kind="ort", options={"session.force_spinning_stop": "1"}),
+    rewrites=(SplitPacked(), LowerOps(("standard",)), Simplify()),
+    engine=host_engine("MatMulAddFusion", "NchwcTransformer", "SkipLayerNormFusion"),
 )

@@ -24,8 +24,20 @@ class Target:
     ops: Mapping[str, frozenset[str]]
     dtypes: frozenset[ir.DataType]
     static_shapes: bool
-    rewrites: tuple[ir.passes.InPlacePass, ...]
+    rewrites: tuple[ir.passes.PassBase, ...]
     engine: EngineSpec
+
+
+def host_engine(*optimizers: str) -> EngineSpec:
+    """ONNX Runtime on the CPU, without those of its optimizers that lose the names of nodes.
+
+    A session that has run stops spinning, so that it does not slow the next graph's.
+    """
+    options = {
+        "optimization.disable_specified_optimizers": ";".join(optimizers),
+        "session.force_spinning_stop": "1",
+    }
+    return EngineSpec(kind="ort", options=options)
 
 
 def op_names(*lines: str) -> frozenset[str]:
