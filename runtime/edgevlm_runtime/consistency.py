@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
 from edgevlm_runtime.errors import BundleError
-from edgevlm_runtime.manifest import GraphSpec, Manifest, TensorSpec, Variant
+from edgevlm_runtime.manifest import GraphSpec, Manifest, StateTensor, TensorSpec, Variant
 
 # Kinds of input sources, and what the part after the colon names.
 SOURCES = {
@@ -67,6 +67,8 @@ def _check_variant(place: str, variant: Variant, files: Collection[str]) -> None
             _positive(f"{at}.shape", state.shape)
             if not 0 <= state.axis < len(state.shape):
                 _refuse(f"{at}.axis", f"{state.axis} is not an axis of {len(state.shape)}")
+    for graph in variant.graphs:
+        _check_state_of(f"{place}.graphs[{graph.name}]", graph, tensors)
     if variant.rope and variant.rope.sections:
         total, num = sum(variant.rope.sections), len(variant.rope.inv_freq)
         if total != num:
@@ -85,6 +87,19 @@ def _check_graph(at: str, graph: GraphSpec, files: Collection[str]) -> None:
         _unique(f"{at}.{kind}", [tensor.name for tensor in tensors])
         for tensor in tensors:
             _check_tensor(f"{at}.{kind}[{tensor.name}]", tensor)
+
+
+def _check_state_of(at: str, graph: GraphSpec, tensors: Sequence[StateTensor]) -> None:
+    """A graph that binds a state takes it in the shape and dtype in which it is allocated."""
+    by_source = {f"state:{tensor.name}": tensor for tensor in tensors}
+    for spec in graph.inputs:
+        tensor = by_source.get(spec.source)
+        if tensor is not None and (tensor.shape, tensor.dtype) != (spec.shape, spec.dtype):
+            _refuse(
+                at,
+                f"state {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                f"input {spec.name!r} takes {spec.dtype} {list(spec.shape)}",
+            )
 
 
 def _check_tensor(at: str, tensor: TensorSpec) -> None:

@@ -125,9 +125,7 @@ class BoundStep:
         inputs = {tensor.name: self._input(tensor, values) for tensor in step.graph.inputs}
         self._rope_feed(inputs)
         outputs = {
-            tensor.name: state_outputs[tensor.name]
-            if tensor.name in state_outputs
-            else self._output(tensor)
+            tensor.name: self._output(tensor, state_outputs.get(tensor.name))
             for tensor in step.graph.outputs
         }
         self._call = step.engines.open(step.graph).bind(inputs, outputs)
@@ -154,10 +152,18 @@ class BoundStep:
         }
         return Step(logits=logits, extras=extras)
 
-    def _output(self, tensor: TensorSpec) -> Array | None:
-        """The array of an output, or None where the engine must find its size."""
+    def _output(self, tensor: TensorSpec, state: Array | None) -> Array | None:
+        """The array of an output: of the state, or a new one, or None where its size is unknown."""
         shape = self._step.sized(tensor.shape, self._num_rows, self._num_logits)
-        return None if shape is None else np.zeros(shape, tensor.dtype)
+        if state is None:
+            return None if shape is None else np.zeros(shape, tensor.dtype)
+        if shape not in (None, state.shape) or tensor.dtype != state.dtype:
+            raise BundleError(
+                f"graph {self._step.graph.name!r} gives state {tensor.name!r} as {tensor.dtype} "
+                f"{list(shape or ())}, it is kept as {state.dtype} {list(state.shape)}",
+                hint="compile the bundle again",
+            )
+        return state
 
     def _input(self, tensor: TensorSpec, values: Mapping[str, Array]) -> Array:
         """The array of an input; what fills it is put on the list."""
