@@ -96,7 +96,8 @@ def open_session(path: Path) -> ort.InferenceSession:
 
 def fused_baseline(checkpoint: Path, folder: Path) -> Path:
     """Export the Hugging Face encoder and fuse it."""
-    model = reference_model(open_checkpoint(str(checkpoint)))
+    opened = open_checkpoint(str(checkpoint))
+    model = reference_model(opened, opened.architecture())
     encoder = Encoder(model.model.vision_model).eval()
     config = model.config.vision_config
     pixels = torch.zeros(1, 3, config.image_size, config.image_size)

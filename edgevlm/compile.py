@@ -164,6 +164,7 @@ class Job:
         return Subject(
             checkpoint=self.checkpoint,
             checkpoint_key=self.checkpoint_key,
+            spec=self._spec,
             model=self.model,
             model_key=self.model_key,
             plan=self.plan,

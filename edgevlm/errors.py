@@ -1,11 +1,11 @@
 """Errors of the compiler, on top of the runtime's tree (`edgevlm_runtime.errors`).
 
-    EdgeVlmError
-    |-- RecipeError   2  a recipe, a device file or a folder of samples; carries path, line, column
-    |-- ModelError    2  a checkpoint that cannot be read, or that says something no family knows
-    |-- PassError     2  a pass that does not apply, or matched nothing; carries name and site
-    |-- DeviceError   3  an op, a dtype or a size that the device lacks
-    `-- EvidenceError 4  a gate failed; carries the rung and the first diverging site
+EdgeVlmError
+|-- RecipeError   2  a recipe, a device file or a folder of samples; carries path, line, column
+|-- ModelError    2  a checkpoint that cannot be read, or that says something no family knows
+|-- PassError     2  a pass that does not apply, or matched nothing; carries name and site
+|-- DeviceError   3  an op, a dtype or a size that the device lacks
+`-- EvidenceError 4  a gate failed; carries the rung and the first diverging site
 """
 
 from __future__ import annotations

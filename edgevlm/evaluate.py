@@ -9,11 +9,12 @@ from typing import Any
 
 from edgevlm.cache import StageCache, code_version, digest
 from edgevlm.checkpoint import open_checkpoint
-from edgevlm.errors import ModelError
 from edgevlm.evidence.exam import Exam, prepare_exam
+from edgevlm.families.image_spec import ImageChoices
 from edgevlm.progress import Progress
 from edgevlm.samples import Sample, score_answers
 from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.image import ImageSpec, NativeGeometry, TiledGeometry
 from edgevlm_runtime.session import Session
 from edgevlm_runtime.text import load_tokenizer
 
@@ -62,7 +63,7 @@ def evaluate(
     if referee is None:
         return EvalReport(accuracy=accuracy, answers=tuple(texts))
     exam = _exam(bundle, samples, longest)
-    theirs = _referee_answers(referee, exam, progress, cache)
+    theirs = _referee_answers(referee, bundle.manifest.image, exam, progress, cache)
     differing = tuple(
         number
         for number, (ours, full) in enumerate(zip(tokens, theirs, strict=True))
@@ -91,12 +92,14 @@ def _exam(bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int) -> Exa
 
 
 def _referee_answers(
-    folder: Path, exam: Exam, progress: Progress, cache: StageCache | None
+    folder: Path,
+    image: Mapping[str, Any],
+    exam: Exam,
+    progress: Progress,
+    cache: StageCache | None,
 ) -> list[list[int]]:
     """Answers of the Hugging Face model, kept in the cache: both variants are held against them."""
     checkpoint = open_checkpoint(str(folder))
-    if checkpoint.config.get("model_type") is None:
-        raise ModelError(f"{folder} has no model_type", hint="name the compiled checkpoint")
     shards = [
         [shard.name, shard.stat().st_size, shard.stat().st_mtime_ns] for shard in checkpoint.shards
     ]
@@ -104,7 +107,8 @@ def _referee_answers(
     def make() -> dict[str, Any]:
         from edgevlm.evidence.referee import Referee
 
-        return {"answers": _ask(Referee(checkpoint).tokens, exam, progress)}
+        spec = checkpoint.architecture(_choices(image))
+        return {"answers": _ask(Referee(checkpoint, spec).tokens, exam, progress)}
 
     if cache is None:
         answers: list[list[int]] = make()["answers"]
@@ -112,6 +116,15 @@ def _referee_answers(
     key = digest(code_version(), checkpoint.files, shards, exam.digest)
     kept: list[list[int]] = cache.json("referee", key, make)["answers"]
     return kept
+
+
+def _choices(image: Mapping[str, Any]) -> ImageChoices:
+    """The choices about pictures that a bundle was compiled with."""
+    geometry = ImageSpec.from_json(image).geometry
+    return ImageChoices(
+        split=geometry.split if isinstance(geometry, TiledGeometry) else None,
+        grids=geometry.grids if isinstance(geometry, NativeGeometry) else None,
+    )
 
 
 def _ask(answer: Callable[..., list[list[int]]], exam: Exam, progress: Progress) -> list[list[int]]:

@@ -16,11 +16,13 @@ from edgevlm.evidence.eager import eager_witness
 from edgevlm.evidence.fault import find_fault
 from edgevlm.evidence.graph import GraphWitness
 from edgevlm.evidence.ladder import Answerer, Climb, demand
+from edgevlm.evidence.origin import find_origin
 from edgevlm.evidence.referee import Referee
 from edgevlm.evidence.rung import Rung
 from edgevlm.evidence.runtime import RuntimeWitness
 from edgevlm.evidence.witness import Question, Witness
 from edgevlm.graphs import graph_file, module_of
+from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Vlm
 from edgevlm.plan import Plan, VariantPlan
 
@@ -29,11 +31,13 @@ from edgevlm.plan import Plan, VariantPlan
 class Subject:
     """What is measured: a checkpoint, the model after its passes, and the graphs made of it.
 
-    `folder` holds a whole bundle. The keys name what the witnesses of a stage depend on.
+    `spec` is the model's before any pass; `folder` holds a whole bundle. The keys name what the
+    witnesses of a stage depend on.
     """
 
     checkpoint: Checkpoint
     checkpoint_key: str
+    spec: VlmSpec
     model: Callable[[], Vlm]
     model_key: str
     plan: Plan
@@ -47,7 +51,9 @@ def gather(subject: Subject, climb: Climb) -> tuple[Rung, ...]:
     rungs = [climb.root(root)]
     ours = eager_witnesses(subject, climb, root)
     rungs.append(climb.rung("ours", "model", "hf", root, ours, root))
-    demand(rungs[-1], lambda: None)
+    demand(
+        rungs[-1], lambda: find_origin(subject.checkpoint, subject.spec, climb.exam.questions[0])
+    )
     for variant in subject.plan.variants:
         rungs += _variant_rungs(subject, climb, variant, root, ours)
     return tuple(rungs)
@@ -97,7 +103,7 @@ def locate(subject: Subject, variant: VariantPlan) -> Divergence | None:
 
 
 def _referee(subject: Subject, climb: Climb) -> Answerer:
-    referee = Referee(subject.checkpoint)
+    referee = Referee(subject.checkpoint, subject.spec)
 
     def answer(number: int, question: Question) -> Witness:
         return referee.answer(question, max_new_tokens=climb.exam.max_new_tokens)

@@ -28,7 +28,7 @@ from edgevlm.model.vlm import Vlm
 
 def find_origin(checkpoint: Checkpoint, spec: VlmSpec, question: Question) -> Divergence | None:
     """Return the first site of the model, before any pass, that differs from its counterpart."""
-    model, referee = load(checkpoint, spec), Referee(checkpoint)
+    model, referee = load(checkpoint, spec), Referee(checkpoint, spec)
     theirs = counterparts(model, referee.model, checkpoint.family.weights(spec))
 
     def measure(sites: Sequence[str]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from edgevlm.checkpoint import Checkpoint, load
 from edgevlm.errors import ModelError
 from edgevlm.evidence.witness import Question, Witness
 from edgevlm.model.loading import reference_weights
+from edgevlm.model.spec import VlmSpec
 
 _Feeds = Sequence[Mapping[str, NDArray[Any]]]
 
@@ -23,13 +24,15 @@ _Feeds = Sequence[Mapping[str, NDArray[Any]]]
 class Seams:
     """Where the parts of a Hugging Face class meet, and the form in which it takes pictures.
 
-    `projector` is the module whose input are the vision features and whose output are the visual
-    tokens; `in_order` says that its input has the rows in the order of our vision features.
+    `projector` is the module that reads the vision features, None where their rows are in another
+    order than ours; `tokens` is the one that puts out the visual tokens. `typed` classes want to
+    be told which prompt rows are visual.
     """
 
-    projector: str
+    projector: str | None
+    tokens: str
     pictures: Callable[[_Feeds], dict[str, torch.Tensor]]
-    in_order: bool = True
+    typed: bool = False
 
 
 def _stacked(feeds: _Feeds) -> dict[str, torch.Tensor]:
@@ -45,49 +48,59 @@ def _native(feeds: _Feeds) -> dict[str, torch.Tensor]:
     return {**_stacked(feeds), "image_grid_thw": grids}
 
 
+_LLAVA, _IDEFICS = "model.multi_modal_projector", "model.connector"
 SEAMS: dict[str, Seams] = {
-    "llava": Seams(projector="model.multi_modal_projector", pictures=_stacked),
-    "idefics3": Seams(projector="model.connector", pictures=_tiles),
-    "smolvlm": Seams(projector="model.connector", pictures=_tiles),
-    # The window order of patches lasts from the first block to behind the merger.
-    "qwen2_5_vl": Seams(projector="model.visual.merger", pictures=_native, in_order=False),
+    "llava": Seams(projector=_LLAVA, tokens=_LLAVA, pictures=_stacked),
+    "idefics3": Seams(projector=_IDEFICS, tokens=_IDEFICS, pictures=_tiles),
+    "smolvlm": Seams(projector=_IDEFICS, tokens=_IDEFICS, pictures=_tiles),
+    # Patches are in the order of their windows from the first block to behind the merger.
+    "qwen2_5_vl": Seams(projector=None, tokens="model.visual", pictures=_native, typed=True),
 }
 
 
 class Referee:
     """The Hugging Face model, answering questions greedily."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: VlmSpec) -> None:
         """Load the checkpoint's class from transformers, converted to float32."""
         self._seams = SEAMS[str(checkpoint.config["model_type"])]
-        self.model: Any = reference_model(checkpoint)
-        self._projector: nn.Module = self.model.get_submodule(self._seams.projector)
+        self.model: Any = reference_model(checkpoint, spec)
+        self._image_token_id = spec.image_token_id
 
     @torch.inference_mode()
     def answer(self, question: Question, *, max_new_tokens: int) -> Witness:
         """Answer greedily, noting vision features, visual tokens, and the logits of every token."""
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        handle = self._projector.register_forward_hook(
-            lambda _module, inputs, output: seen.append((inputs[0], output))
-        )
+        features: list[torch.Tensor] = []
+        tokens: list[torch.Tensor] = []
+        handles = [
+            self.model.get_submodule(self._seams.tokens).register_forward_hook(
+                lambda _module, _inputs, output: tokens.append(_rows(output))
+            )
+        ]
+        if self._seams.projector is not None:
+            handles.append(
+                self.model.get_submodule(self._seams.projector).register_forward_hook(
+                    lambda _module, inputs, _output: features.append(inputs[0])
+                )
+            )
         try:
-            output = self._generate(question, max_new_tokens)
+            output = self._run(self._inputs([question]), max_new_tokens)
         finally:
-            handle.remove()
-        prompt_rows = question.prompt.token_ids.shape[0]
-        logits_RV = torch.cat(output.logits).float().numpy()
-        rows = [image for image in question.images for _ in image.feeds]
-        vision = _per_call([features for features, _ in seen], len(rows))
-        tokens = [count for image in question.images for count in image.layout.tokens]
-        visual = torch.cat([output.flatten(0, -2) for _, output in seen]) if seen else None
+            for handle in handles:
+                handle.remove()
+        counts = [count for image in question.images for count in image.layout.tokens]
+        visual = torch.cat(tokens).split(counts) if tokens else ()
         return Witness(
-            vision=vision if self._seams.in_order else (),
-            projector=()
-            if visual is None
-            else tuple(part.float().numpy() for part in visual.split(tokens)),
-            answer=tuple(output.sequences[0, prompt_rows:].tolist()),
-            logits=logits_RV,
+            vision=_per_call(features, len(counts)),
+            projector=tuple(part.float().numpy() for part in visual),
+            answer=tuple(output.sequences[0, question.prompt.token_ids.shape[0] :].tolist()),
+            logits=torch.cat(output.logits).float().numpy(),
         )
+
+    @torch.inference_mode()
+    def forward(self, question: Question) -> None:
+        """Run the prompt through the model once, for hooks to see."""
+        self.model(**self._inputs([question]))
 
     @torch.inference_mode()
     def tokens(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
@@ -96,27 +109,23 @@ class Referee:
         Equal lengths need no padding, so every answer is the one that the question alone gets, up
         to the rounding of batched products. Answers end with, and include, the end token.
         """
-        inputs: dict[str, torch.Tensor] = {
-            "input_ids": torch.from_numpy(np.stack([q.prompt.token_ids for q in questions]))
-        }
-        feeds = [feed for question in questions for feed in question.feeds]
-        if feeds:
-            inputs |= self._seams.pictures(feeds)
+        inputs = self._inputs(questions)
         sequences = self._run(inputs, max_new_tokens).sequences
         start = inputs["input_ids"].shape[1]
         ends = self._end_tokens()
         return [_until(sequence[start:].tolist(), ends) for sequence in sequences]
 
-    def _generate(self, question: Question, max_new_tokens: int) -> Any:
-        inputs = {"input_ids": torch.from_numpy(question.prompt.token_ids)[None]}
-        if question.feeds:
-            inputs |= self._seams.pictures(question.feeds)
-        return self._run(inputs, max_new_tokens)
+    def _inputs(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        inputs = {"input_ids": torch.from_numpy(np.stack([q.prompt.token_ids for q in questions]))}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if self._seams.typed:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self._image_token_id).int()
+        feeds = [feed for question in questions for feed in question.feeds]
+        return inputs | self._seams.pictures(feeds) if feeds else inputs
 
     def _run(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> Any:
         return self.model.generate(
             **inputs,
-            attention_mask=torch.ones_like(inputs["input_ids"]),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             output_logits=True,
@@ -128,10 +137,11 @@ class Referee:
         return {ends} if isinstance(ends, int) else set(ends or ())
 
 
-def reference_model(checkpoint: Checkpoint) -> Any:
+def reference_model(checkpoint: Checkpoint, spec: VlmSpec) -> Any:
     """The checkpoint's class from transformers, in float32, on the CPU.
 
-    A checkpoint whose weights are drawn has no file to load: the class gets views of our weights.
+    A checkpoint whose weights are drawn has no file to load: the class gets views of the weights
+    of our model of this spec.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
@@ -142,7 +152,6 @@ def reference_model(checkpoint: Checkpoint) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    spec = checkpoint.architecture()
     weights = dict(reference_weights(load(checkpoint, spec), checkpoint.family.weights(spec)))
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
@@ -167,6 +176,12 @@ def _fill_buffers(model: nn.Module) -> None:
             fresh = type(module)(module.config)
             for name, buffer in fresh.named_buffers(recurse=False):
                 module.register_buffer(name, buffer, persistent=False)
+
+
+def _rows(output: Any) -> torch.Tensor:
+    """Visual tokens [rows, W] of a module that returns them, or a record that holds them."""
+    tokens: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return tokens.flatten(0, -2)
 
 
 def _per_call(features: list[torch.Tensor], calls: int) -> tuple[NDArray[np.float32], ...]:

@@ -12,7 +12,7 @@ from edgevlm.recipe import load_recipe
 from tests.e2e.checkpoint import save_tiny_checkpoint, write_recipe
 
 RECIPE = (
-    "context: {capacity: 256}",
+    "context: {capacity: 512}",
     "passes:",
     "  - fold_norms: {}",
     "evidence: {samples: 9, max_new_tokens: 12}",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, shape_inference
 
 
 def swap_weight(path: Path, site: str, other: str) -> None:
@@ -18,7 +18,7 @@ def swap_weight(path: Path, site: str, other: str) -> None:
 
 
 def widen_epsilon(path: Path, site: str) -> None:
-    """Put a hundred times the epsilon into a norm, as an attribute or as a constant."""
+    """Put an epsilon of 1 into a norm, as an attribute or as a constant."""
     model = onnx.load(path, load_external_data=False)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -26,13 +26,13 @@ def widen_epsilon(path: Path, site: str) -> None:
             continue
         for attribute in node.attribute:
             if attribute.name == "epsilon":
-                attribute.f *= 1e4
+                attribute.f = 1.0
                 return _save(model, path)
         if node.op_type == "Add":
             for index, name in enumerate(node.input):
                 tensor = constants.get(name)
                 if tensor is not None:
-                    value = numpy_helper.to_array(tensor) * np.float32(1e4)
+                    value = np.ones_like(numpy_helper.to_array(tensor))
                     model.graph.initializer.append(numpy_helper.from_array(value, f"{name}.wide"))
                     node.input[index] = f"{name}.wide"
                     return _save(model, path)
@@ -41,7 +41,7 @@ def widen_epsilon(path: Path, site: str) -> None:
 
 def shift_rotation(path: Path, site: str) -> None:
     """Turn the rows of one layer by the angles of the row before."""
-    model = onnx.load(path, load_external_data=False)
+    model = shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
     nodes = [node for node in model.graph.node if node.name.split("/")[0] == site]
     shifted: dict[str, str] = {}
     for node in nodes:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from edgevlm.cache import StageCache
 from edgevlm.cli import run
+from edgevlm.recipe import load_recipe
 from edgevlm.resources import schema_file
 from edgevlm.scenes import SPLITS, draw_scene, make_scene
 from edgevlm_runtime.bundle import Bundle
@@ -66,7 +67,8 @@ def test_plan_needs_no_weights(
     assert plan["family"] == "llava"
     assert [variant["target"] for variant in plan["variants"]] == ["ort", "static"]
     assert plan["tokens"]["per_call"] == [{"grid": [12, 12], "tokens": 144}]
-    assert plan["tokens"]["capacity"] == 256
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert plan["tokens"]["capacity"] == recipe.context.capacity
 
     assert run(["plan", str(tmp_path / "recipe.yaml")]) == 0
     shown = capsys.readouterr().out
