@@ -72,16 +72,16 @@ def test_greedy_takes_the_lowest_id_of_equal_logits() -> None:
     ],
 )
 def test_draws_follow_the_distribution(sampling: Sampling) -> None:
-    """Frequencies of 20,000 draws; never a token that the cut excludes."""
+    """Frequencies of 5,000 draws; never a token that the cut excludes."""
     logits = logits_of(1000)
     wanted = probabilities(logits, sampling)
     sampler = Sampler(sampling, seed=1)
-    counts = np.bincount([sampler.draw(logits) for _ in range(20_000)], minlength=1000)
+    counts = np.bincount([sampler.draw(logits) for _ in range(5_000)], minlength=1000)
     assert counts[wanted == 0].sum() == 0
-    # Total variation of 20,000 draws over m likely tokens is about sqrt(m / (2 pi 20,000)).
+    # Total variation of 5,000 draws over m likely tokens is about sqrt(m / (2 pi 5,000)).
     likely = (wanted > 1e-5).sum()
-    bound = 1.5 * (likely / (2 * np.pi * 20_000)) ** 0.5 + 0.01
-    assert np.abs(counts / 20_000 - wanted).sum() / 2 < bound
+    bound = 1.5 * (likely / (2 * np.pi * 5_000)) ** 0.5 + 0.01
+    assert np.abs(counts / 5_000 - wanted).sum() / 2 < bound
 
 
 def test_extremes_of_the_uniform_draw(monkeypatch: pytest.MonkeyPatch) -> None:
