@@ -118,6 +118,8 @@ class Encoder:
                 "which is not there before the decoder runs",
                 hint="compile the bundle again",
             )
+        if value.ndim == len(tensor.shape) - 1:
+            value = value[None]  # patches of a native picture come without the batch axis
         return np.ascontiguousarray(value, tensor.dtype)
 
 
