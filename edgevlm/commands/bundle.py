@@ -126,12 +126,12 @@ def show_evidence(provenance: Mapping[str, Any], out: Console) -> None:
         f"evidence ({samples['count']} samples, {samples['weights']} weights)",
         "rung",
         "vision",
-        "projector",
+        "proj.",
         "logits",
         "KL",
         "argmax",
-        "same answers",
-        "accuracy",
+        "same",
+        "score",
         "gates",
     )
     for depth, rung in _climbed(evidence["rungs"]):
@@ -140,18 +140,22 @@ def show_evidence(provenance: Mapping[str, Any], out: Console) -> None:
         gates = rung["gates"]
         passed = sum(gate["passed"] for gate in gates)
         ladder.add_row(
-            f"{'  ' * depth}{rung['name']}",
+            f"{' ' * depth}{rung['name']}",
             _error(rung["vision"]),
             _error(rung["projector"]),
             _error(decoder),
-            "" if decoder is None else f"{decoder['kl']:.1e}",
-            "" if decoder is None else f"{decoder['argmax']:.2%}",
-            "" if tokens is None else f"{tokens['identical']} of {tokens['answers']}",
+            "" if decoder is None else f"{decoder['kl']:.0e}",
+            "" if decoder is None else f"{decoder['argmax']:.1%}",
+            "" if tokens is None else f"{tokens['identical']}/{tokens['answers']}",
             "" if accuracy is None else f"{accuracy:.1%}",
-            f"{passed} of {len(gates)} hold" if gates else "",
+            f"{passed}/{len(gates)}" if gates else "",
         )
     out.print(ladder)
-    out.print("errors are the largest, in units of max(1, std of the rung above)", style="dim")
+    out.print(
+        "vision, proj., logits: largest error, in units of max(1, std of the rung above)\n"
+        "same: answers that are hf's token for token; gates: how many hold",
+        style="dim",
+    )
     for _, rung in _climbed(evidence["rungs"]):
         for gate in rung["gates"]:
             if gate["reason"]:
@@ -171,7 +175,7 @@ def _climbed(
 
 
 def _error(agreement: Mapping[str, float] | None) -> str:
-    return "" if agreement is None else f"{agreement['relative_error']:.1e}"
+    return "" if agreement is None else f"{agreement['relative_error']:.0e}"
 
 
 def group_bytes(tensors: Any) -> int:
