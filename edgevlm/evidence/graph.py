@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from edgevlm.evidence.fault import tapped_run
 from edgevlm.evidence.witness import Question, Witness
 from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.decode.decoder import open_decoder
 from edgevlm_runtime.decode.protocol import Decoder, Prompt
+from edgevlm_runtime.engine import Engines
+from edgevlm_runtime.engines.table import open_table
 from edgevlm_runtime.manifest import GraphSpec
-from edgevlm_runtime.session import Session
 
 FEATURES = "vision"
 """Nodes of this part of the model put out what those of the projector read."""
@@ -30,13 +32,11 @@ class GraphWitness:
     def __init__(self, folder: Path, variant: str) -> None:
         """Open the variant; `folder` holds a whole bundle, published or not."""
         self._bundle = Bundle.open(folder, variant)
-        self._session = Session(self._bundle)
         self._folder = folder
-        self._table: NDArray[np.float32] = np.load(
-            folder / next(g.file for g in self._bundle.variant.graphs if g.role == "embedding"),
-            mmap_mode="r",
-            allow_pickle=False,
-        )
+        embedding = next(g for g in self._bundle.variant.graphs if g.role == "embedding")
+        self._table = open_table(self._bundle, embedding)
+        # Not a session: it would hold the vision graph a second time.
+        self._decoder: Decoder = open_decoder(self._bundle, Engines(self._bundle), self._table)
 
     def answer(self, question: Question, parent: Witness) -> Witness:
         """Put the question to the graphs, along the parent's answer."""
@@ -56,9 +56,9 @@ class GraphWitness:
         )
 
     def _logits(self, question: Question, parent: Witness) -> NDArray[np.float32]:
-        decoder: Decoder = self._session.decoder
+        decoder = self._decoder
         decoder.rewind(0)
-        embeds = np.asarray(self._table[question.prompt.token_ids], np.float32)
+        embeds = self._table.rows(question.prompt.token_ids)
         if parent.projector:
             embeds[question.prompt.image_rows] = np.concatenate(parent.projector)
         prompt = Prompt(

@@ -20,6 +20,7 @@ from edgevlm_runtime.manifest import FileEntry
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 
 _RECOMPILE = "copy or compile the bundle again"
 _FORBIDDEN = "a bundle holds plain files only; compile it again"
@@ -56,7 +57,7 @@ def map_files(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, memor
     maps = {name: _map(folder, name, entry) for name, entry in entries.items()}
     largest_first = sorted(maps, key=lambda name: -len(maps[name]))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        digests = threads.map(lambda name: hashlib.sha256(maps[name]).hexdigest(), largest_first)
+        digests = threads.map(lambda name: _digest(maps[name]), largest_first)
         for name, digest in zip(largest_first, digests, strict=True):
             if digest != entries[name].sha256:
                 raise BundleError(
@@ -64,6 +65,17 @@ def map_files(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, memor
                     hint=_RECOMPILE,
                 )
     return maps
+
+
+def _digest(mapped: memoryview) -> str:
+    """The sha256 of a mapped file; what was read is let go at once, or all of it stays resident."""
+    sha = hashlib.sha256()
+    for start in range(0, len(mapped), _BLOCK_BYTES):
+        block = mapped[start : start + _BLOCK_BYTES]
+        sha.update(block)
+        if isinstance(mapped.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.obj.madvise(mmap.MADV_DONTNEED, start, len(block))
+    return sha.hexdigest()
 
 
 def _check_name(name: str) -> None:
