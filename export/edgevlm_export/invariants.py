@@ -77,6 +77,8 @@ def _names(model: ir.Model, target: Target, is_lowered: bool) -> Iterator[Violat
 
 
 def _dtypes(model: ir.Model, target: Target, is_lowered: bool) -> Iterator[Violation]:
+    if not is_lowered:
+        return
     allowed = ", ".join(sorted(dtype.name.lower() for dtype in target.dtypes))
     for value, op in _values(model.graph):
         if value.dtype is not None and value.dtype not in target.dtypes:

@@ -26,15 +26,14 @@ def record_tap(model: ir.Model, site: str, parts: Sequence[str], bias: str | Non
 def tapped_sites(model: ir.Model) -> tuple[str, ...]:
     """The sites whose outputs `with_outputs` can show, in graph order."""
     recorded = {key.removeprefix(_TAP) for key in model.metadata_props if key.startswith(_TAP)}
+    interface = {value.name for value in model.graph.outputs}
     sites: dict[str, None] = {}
     for node in model.graph:
-        for name in (node.name, *(output.name for output in node.outputs)):
-            if name and "/" not in name and ":" not in name:
-                is_value = any(output.name == name for output in node.outputs)
-                if is_value or name in recorded:
-                    sites[name] = None
-            elif name and name.partition("/")[0] in recorded:
-                sites[name.partition("/")[0]] = None
+        for output in node.outputs:
+            if output.name and "/" not in output.name and ":" not in output.name:
+                sites.update({} if output.name in interface else {output.name: None})
+        site = str(node.name).partition("/")[0]
+        sites.update({site: None} if site in recorded else {})
     return tuple(sites)
 
 

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from edgevlm_export.emit import Emitter
+from edgevlm_export.errors import ExportError
 from edgevlm_export.ops.heads import (
     from_heads,
     numpy_from_heads,
     numpy_softmax,
     numpy_to_heads,
     numpy_unpack,
+    split_packed,
     to_heads,
     unpack,
 )
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute, tensors
-from edgevlm_export.ops.rotary import numpy_rotate, rotate
+from edgevlm_export.ops.op import MICROSOFT, Op, attribute, static_dims, tensors
+from edgevlm_export.ops.rotary import numpy_rotate, rotate, turned_rows
 
 
 @torch.library.custom_op("edgevlm::cached_attention", mutates_args=())
@@ -157,30 +159,36 @@ def numpy_cached_attention(
 
 def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     q, k, v, past_key, past_value, seqlens_k, total, cos, sin = tensors(node, 9)
+    num_heads, num_kv_heads = attribute(node, "num_heads"), attribute(node, "num_kv_heads")
+    size = static_dims(past_key)[3]
+    if size % 8:
+        raise ExportError(
+            f"{emit.site!r} has heads of {size} numbers, GroupQueryAttention takes multiples of 8",
+            role=emit.graph.name or "graph",
+            op=node.op_type,
+            hint="choose the target 'static'",
+        )
     assert q is not None
-    rotary = cos is not None
+    if cos is not None and (size % 16 or static_dims(cos)[1] % 8):
+        # The kernel turns no such heads, but takes them turned.
+        q, k, v = (q, k, v) if k is not None else split_packed(emit, q, num_heads, num_kv_heads)
+        q = turned_rows(emit, q, cos, sin, num_heads, size)
+        k = turned_rows(emit, k, cos, sin, num_kv_heads, size)
+        cos = sin = None
+    rows, numbers = q, None
+    if cos is not None:
+        numbers = emit.shared("row_numbers", lambda emit: _row_numbers(emit, rows))
     return emit.node(
         "GroupQueryAttention",
-        [
-            q,
-            k,
-            v,
-            past_key,
-            past_value,
-            seqlens_k,
-            total,
-            cos,
-            sin,
-            emit.shared("row_numbers", lambda emit: _row_numbers(emit, q)) if rotary else None,
-        ],
+        [q, k, v, past_key, past_value, seqlens_k, total, cos, sin, numbers],
         domain=MICROSOFT,
         num_outputs=3,
-        num_heads=attribute(node, "num_heads"),
-        kv_num_heads=attribute(node, "num_kv_heads"),
+        num_heads=num_heads,
+        kv_num_heads=num_kv_heads,
         scale=attribute(node, "scale"),
         softcap=attribute(node, "softcap"),
         local_window_size=attribute(node, "window") or -1,
-        do_rotary=int(rotary),
+        do_rotary=int(cos is not None),
         rotary_interleaved=0,
     )
 

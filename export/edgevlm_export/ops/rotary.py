@@ -99,28 +99,36 @@ def _column(emit: Emitter, table: ir.Value, rows: int) -> ir.Value:
     return emit.shared(f"{table.name}_rows", make)
 
 
+def turned_rows(
+    emit: Emitter,
+    x: ir.Value | None,
+    cos: ir.Value | None,
+    sin: ir.Value | None,
+    num_heads: int,
+    size: int,
+) -> ir.Value:
+    """Rotate x [B, T, H*D] with the fused op, row r by row r of the tables."""
+    pairs = static_dims(cos)[-1]
+    first_row = emit.ints(0)
+    return emit.one(
+        "RotaryEmbedding",
+        x,
+        first_row,
+        cos,
+        sin,
+        domain=MICROSOFT,
+        interleaved=0,
+        num_heads=num_heads,
+        rotary_embedding_dim=0 if 2 * pairs == size else 2 * pairs,
+        scale=1.0,
+    )
+
+
 def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     x, cos, sin = node.inputs
-    first_row = emit.ints(0)
-    pairs, width = dims(cos)[-1], dims(x)[-1]
-    assert isinstance(pairs, int)
+    num_heads, width = attribute(node, "num_heads"), dims(x)[-1]
     assert isinstance(width, int)
-    num_heads = attribute(node, "num_heads")
-    partial = 2 * pairs != width // num_heads
-    return [
-        emit.one(
-            "RotaryEmbedding",
-            x,
-            first_row,
-            cos,
-            sin,
-            domain=MICROSOFT,
-            interleaved=0,
-            num_heads=num_heads,
-            rotary_embedding_dim=2 * pairs if partial else 0,
-            scale=1.0,
-        )
-    ]
+    return [turned_rows(emit, x, cos, sin, num_heads, width // num_heads)]
 
 
 def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:

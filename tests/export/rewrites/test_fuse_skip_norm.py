@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from edgevlm_export.rewrites.fuse_skip_norm import FuseSkipNorm
+from tests.export.running import nodes, parsed, run, seeded
+
+NORMS = {
+    "SimplifiedLayerNormalization": ("SkipSimplifiedLayerNormalization", "w"),
+    "LayerNormalization": ("SkipLayerNormalization", "w, v"),
+}
+
+
+def graph(norm: str, add: str = "Add(x, y)", *, keep: bool = True, axis: int = -1) -> ir.Model:
+    last = "c = Neg(b) a2 = Neg(a)" if keep else "c = Neg(b) a2 = Neg(x)"
+    return parsed(f"""
+        <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[1,T,16] x, float[1,T,16] y) => (float[1,T,16] c, float[1,T,16] a2)
+        <float[16] w = {{{", ".join(["1.5"] * 16)}}}, float[16] v = {{{", ".join(["0.5"] * 16)}}}>
+        {{ a = {add}
+           b = {norm} <axis = {axis}, epsilon = 0.00001> (a, {NORMS[norm][1]}) {last} }}
+    """)
+
+
+def typed(model: ir.Model) -> ir.Model:
+    """Capture knows the shapes of values; the text of a test names only inputs and outputs."""
+    shape = ir.Shape([1, "T", 16])
+    for node in model.graph:
+        for output in node.outputs:
+            output.shape, output.type = shape, ir.TensorType(ir.DataType.FLOAT)
+    return model
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["sum is read", "sum is not read"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_add_goes_into_the_norm(norm: str, keep: bool) -> None:
+    model = typed(graph(norm, keep=keep))
+    feeds = {"x": seeded(1, 3, 16).numpy(), "y": seeded(1, 3, 16, seed=1).numpy()}
+    before = run(model, feeds)
+    assert FuseSkipNorm()(model).modified
+    op, constants = NORMS[norm]
+    outputs = "b, _, _, a" if keep else "b"
+    assert nodes(model)[0] == f"b: {outputs} = {op}(x, y, {constants})"
+    after = run(model, feeds)
+    for name in before:
+        # The same sums in another order.
+        np.testing.assert_allclose(after[name], before[name], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("add", "axis"), [("Add(x, w)", -1), ("Sub(x, y)", -1), ("Add(x, y)", 1)])
+def test_other_patterns_stay(add: str, axis: int) -> None:
+    model = typed(graph("SimplifiedLayerNormalization", add, axis=axis))
+    before = nodes(model)
+    assert not FuseSkipNorm()(model).modified
+    assert nodes(model) == before
+
+
+def test_shapes_that_differ_stay() -> None:
+    model = typed(graph("SimplifiedLayerNormalization"))
+    model.graph.inputs[1].shape = ir.Shape([1, 1, 16])
+    assert not FuseSkipNorm()(model).modified
+
+
+def test_the_sum_is_made_before_its_first_reader() -> None:
+    """The norm comes late, and something earlier reads the sum."""
+    model = typed(
+        parsed("""
+        <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[1,T,16] x, float[1,T,16] y) => (float[1,T,16] c, float[1,T,16] b)
+        <float[16] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}>
+        { a = Add(x, y) c = Neg(a)
+          b = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001> (a, w) }
+    """)
+    )
+    FuseSkipNorm()(model)
+    assert nodes(model) == [
+        "b: b, _, _, a = SkipSimplifiedLayerNormalization(x, y, w)",
+        "c: c = Neg(a)",
+    ]

@@ -1,0 +1,116 @@
+"""Small graphs for tests: an op as a node, lowered to a target, and run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from edgevlm_export.capture import SITES
+from edgevlm_export.lower import lower
+from edgevlm_export.ops.op import DOMAIN, Op
+from edgevlm_export.targets import TARGETS
+
+Tensors = Mapping[str, Tensor | None]
+
+
+def op_graph(
+    op: Op,
+    tensors: Tensors,
+    *,
+    constants: Collection[str] = (),
+    dynamic: Collection[str] = (),
+    **attributes: Any,
+) -> ir.Model:
+    """A graph of one node of ours, at the site `op`; `dynamic` inputs have a free second axis."""
+    values, inputs = [], []
+    for name in op.inputs:
+        tensor = tensors.get(name)
+        if tensor is None:
+            values.append(None)
+            continue
+        shape: list[int | str] = list(tensor.shape)
+        if name in dynamic:
+            shape[1] = "T"
+        kind = ir.TensorType(ir.DataType.from_numpy(tensor.numpy().dtype))
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+        if name in constants:
+            value.const_value = ir.tensor(tensor.numpy(), name=name)
+        else:
+            inputs.append(value)
+        values.append(value)
+    outputs = eager(op, tensors, **attributes)
+    node = ir.node(op.name, values, attributes, domain=DOMAIN, num_outputs=len(outputs), name="op")
+    for i, (value, output) in enumerate(zip(node.outputs, outputs, strict=True)):
+        value.name, value.type = f"out{i}", ir.TensorType(ir.DataType.FLOAT)
+        value.shape = None if dynamic else ir.Shape(output.shape)
+    graph = ir.Graph(
+        inputs,
+        node.outputs,
+        nodes=[node],
+        initializers=[v for v in values if v is not None and v.name in constants],
+        opset_imports={"": 18, DOMAIN: 1},
+        name="graph",
+    )
+    return model_of(graph)
+
+
+def eager(op: Op, tensors: Tensors, **attributes: Any) -> list[np.ndarray]:
+    """What the torch op makes of the same."""
+    names = [argument.name for argument in op.overload._schema.arguments]
+    outputs = op.overload(**{name: tensors.get(name, attributes.get(name)) for name in names})
+    return [out.numpy() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def lowered(op: Op, target: str, tensors: Tensors, **options: Any) -> list[np.ndarray]:
+    """What ONNX Runtime makes of the op lowered to a target."""
+    model = lower(op_graph(op, tensors, **options), TARGETS[target])
+    feeds = {value.name: tensors[value.name].numpy() for value in model.graph.inputs}  # type: ignore[index, union-attr]
+    return list(run(model, feeds).values())  # type: ignore[arg-type]
+
+
+def model_of(graph: ir.Graph, sites: Sequence[str] = ("op",)) -> ir.Model:
+    """A model of a graph made by hand, whose nodes may be named after these sites."""
+    model = ir.Model(graph, ir_version=10)
+    model.meta[SITES] = frozenset(sites)
+    return model
+
+
+def parsed(text: str, sites: Sequence[str] = ("a", "b", "c")) -> ir.Model:
+    """A model in the textual syntax of ONNX; a node is named after its first output."""
+    model = ir.from_onnx_text(text)
+    for node in model.graph:
+        node.name = node.outputs[0].name
+    model.meta[SITES] = frozenset(sites)
+    return model
+
+
+def run(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run a graph held in memory."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    proto = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nodes(model: ir.Model) -> list[str]:
+    """The nodes of a graph, one line each: name: outputs = op(inputs)."""
+    lines = []
+    for node in model.graph:
+        outputs = ", ".join(output.name or "_" for output in node.outputs)
+        inputs = ", ".join("_" if value is None else str(value.name) for value in node.inputs)
+        lines.append(f"{node.name}: {outputs} = {node.op_type}({inputs})")
+    return lines
