@@ -94,17 +94,18 @@ class Sampler:
 def largest(logits: Array, count: int) -> Array:
     """Ids of the `count` largest entries, largest first, equal ones by lowest id."""
     num_columns = len(logits) // _ROWS
-    ids = np.arange(len(logits))
     if count < num_columns:
-        table = logits[: _ROWS * num_columns].reshape(_ROWS, num_columns)
-        maxima = table.max(axis=0)
+        in_table = _ROWS * num_columns
+        maxima = logits[:in_table].reshape(_ROWS, num_columns).max(axis=0)
         columns = np.flatnonzero(maxima >= np.partition(maxima, -count)[-count])
-        inside = np.arange(_ROWS)[:, None] * num_columns + columns
-        ids = np.concatenate([inside.ravel(), ids[_ROWS * num_columns :]])
+        inside = np.add.outer(np.arange(0, in_table, num_columns), columns)
+        ids = np.concatenate([inside.ravel(), np.arange(in_table, len(logits))])
+    else:
+        ids = np.arange(len(logits))
     values = logits[ids]
     if count < len(ids):
-        ids = ids[values >= np.partition(values, -count)[-count]]
-        values = logits[ids]
+        kept = np.flatnonzero(values >= np.partition(values, -count)[-count])
+        ids, values = ids[kept], values[kept]
     return ids[np.lexsort((ids, -values))][:count]
 
 
