@@ -15,7 +15,7 @@ from edgevlm_runtime.errors import InputError
 
 
 class Emission:
-    """The text of a completion, growing token by token; it ends before the first stop string."""
+    """The text of a completion; it ends before the stop string that is complete first."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         """Start empty."""
