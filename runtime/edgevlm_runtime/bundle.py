@@ -13,7 +13,7 @@ from edgevlm_runtime.manifest import FORMAT_VERSION, Manifest, Variant
 from edgevlm_runtime.structure import from_json, read_json
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Bundle:
     """An opened bundle: its manifest, the variant in use, its verified files."""
 
@@ -37,7 +37,12 @@ class Bundle:
                 f"bundle {manifest.name!r} has no variant {name!r}",
                 hint=f"it has {', '.join(sorted(map(repr, manifest.variants)))}",
             )
-        return cls(folder, manifest, name, map_files(folder, manifest.files))
+        return cls(
+            path=folder,
+            manifest=manifest,
+            variant_name=name,
+            files=map_files(folder, manifest.files),
+        )
 
     @property
     def variant(self) -> Variant:

@@ -41,11 +41,6 @@ class Encoder:
                 self._per_picture.add(graph.name)
                 made_per_picture |= {tensor.name for tensor in graph.outputs}
 
-    @property
-    def takes_pictures(self) -> bool:
-        """Whether any graph looks at pictures."""
-        return bool(self._per_picture)
-
     def load(self) -> None:
         """Load all graphs but those that are for one of several picture grids."""
         for graph in self._order:

@@ -23,6 +23,7 @@ from edgevlm_runtime.sample import Sampler, Sampling
 from edgevlm_runtime.text import EncodedPrompt, Messages, TextSpec, encode_prompt, load_tokenizer
 
 TOKENIZER = "tokenizer.json"
+EMBEDDING = "embedding"
 
 
 class Session:
@@ -48,6 +49,12 @@ class Session:
         self.decoder.load()
         self._owner = threading.Lock()
         self._cancelled = threading.Event()
+
+    def load(self) -> None:
+        """Load every graph of the variant now, so that no later call has to wait for one."""
+        for graph in self.bundle.variant.graphs:
+            if graph.role != EMBEDDING:
+                self.engines.open(graph)
 
     def open_decoder(self, role: str = "step") -> StepDecoder:
         """Another decoder, with a state of its own, over the graphs of a role."""
@@ -262,9 +269,9 @@ def _place(embeds: Array, rows: Array, values: Mapping[str, Array]) -> None:
 def _open_embedding(bundle: Bundle) -> EmbeddingTable:
     """The table of the graph of role `embedding`."""
     for graph in bundle.variant.graphs:
-        if graph.role == "embedding":
+        if graph.role == EMBEDDING:
             return open_table(bundle, graph)
     raise BundleError(
-        f"variant {bundle.variant_name!r} has no graph of role 'embedding'",
+        f"variant {bundle.variant_name!r} has no graph of role {EMBEDDING!r}",
         hint="compile the bundle again",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgevlm_runtime.emission import Emission
@@ -11,6 +11,7 @@ from tests.runtime.bundles import TOKENIZER
 TEXT = st.text(alphabet="ab cé漢🐈\n", max_size=30)
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_pieces_make_the_text(text: str) -> None:
     tokens = TOKENIZER.encode(text).ids
@@ -20,6 +21,7 @@ def test_pieces_make_the_text(text: str) -> None:
     assert "".join(pieces) + emission.finish(tokens) == text == emission.text
 
 
+@settings(deadline=None)
 @given(TEXT, st.lists(st.text(alphabet="ab c漢", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     """Of `c` and `aca` in `aca`, `c` is complete first."""

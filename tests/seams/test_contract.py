@@ -247,3 +247,5 @@ def test_a_draft_runs_on_hidden_rows(session: Session) -> None:
 def test_graphs_that_an_answer_does_not_need_stay_closed(session: Session) -> None:
     fresh = Session(session.bundle)
     assert fresh.engines.names == ("gate", "vision", "prompt", "tokens_1")
+    fresh.load()
+    assert set(fresh.engines.names) == {"gate", "vision", "prompt", "tokens_1", "tokens_4", "draft"}
