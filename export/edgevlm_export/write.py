@@ -53,7 +53,10 @@ class WeightFile:
 
     def write_table(self, table: np.ndarray, path: Path) -> None:
         """Write an `.npy` file, whose bytes graphs use where they have the same tensor."""
-        np.save(path, table, allow_pickle=False)
+        with path.open("xb") as file:
+            np.save(file, table, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
         raw = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
         start = path.stat().st_size - raw.nbytes
         self._places[_key(raw)] = Place(path=path, offset=start, length=raw.nbytes)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from edgevlm_export.errors import ExportError
+from edgevlm_export.forms import FORMS
 from edgevlm_export.invariants import check
 from edgevlm_export.rewrites.fuse_bias import FuseBias
 from edgevlm_export.rewrites.lower_ops import LowerOps
@@ -148,3 +149,7 @@ def test_constants_are_finite(number: float) -> None:
 @pytest.mark.parametrize("op", ["If", "Loop", "Scan"])
 def test_no_target_takes_control_flow(op: str) -> None:
     assert all(op not in ops for target in TARGETS.values() for ops in target.ops.values())
+
+
+def test_plans_know_every_target() -> None:
+    assert {name: target.form for name, target in TARGETS.items()} == dict(FORMS)

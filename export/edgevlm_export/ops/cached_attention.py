@@ -166,7 +166,7 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
             f"{emit.site!r} has heads of {size} numbers, GroupQueryAttention takes multiples of 8",
             role=emit.graph.name or "graph",
             op=node.op_type,
-            hint="choose the target 'static'",
+            hint="choose a target of standard ops",
         )
     assert q is not None
     if cos is not None and (size % 16 or static_dims(cos)[1] % 8):

@@ -48,7 +48,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     batch, rows, width = static_dims(x)
     vocabulary = static_dims(table)[0]
     flat = emit.one("Reshape", x, emit.ints(batch * rows, width), part="flat")
-    out = emit.one("Gemm", flat, table, transB=1)
+    out = emit.one("Gemm", flat, table, alpha=1.0, beta=1.0, transA=0, transB=1)
     return [emit.one("Reshape", out, emit.ints(batch, rows, vocabulary), part="rows")]
 
 

@@ -167,5 +167,5 @@ def test_a_head_size_that_the_kernel_refuses_is_refused_here() -> None:
         lowered(CACHED_ATTENTION, "ort", tensors, **OPTIONS | {"num_heads": 1, "num_kv_heads": 1})
     assert str(caught.value) == (
         "graph: 'op' has heads of 12 numbers, GroupQueryAttention takes multiples of 8\n"
-        "  hint: choose the target 'static'"
+        "  hint: choose a target of standard ops"
     )
