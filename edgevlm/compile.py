@@ -39,6 +39,7 @@ from edgevlm.recipe import Recipe
 from edgevlm.samples import Sample, draw_samples, score_answers
 from edgevlm.solve import refuse
 from edgevlm_runtime._version import __version__
+from edgevlm_runtime.files import entry_of
 from edgevlm_runtime.manifest import FORMAT_VERSION, FileEntry, Manifest, ModelInfo
 from edgevlm_runtime.structure import to_json
 from edgevlm_runtime.text import TextSpec, load_tokenizer
@@ -272,11 +273,8 @@ def release_memory() -> None:
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
-    """Size and sha256 of every file of a folder."""
-    return {
-        path.name: FileEntry(size=path.stat().st_size, sha256=file_digest(path))
-        for path in sorted(folder.iterdir())
-    }
+    """Size and hash of every file of a folder."""
+    return {path.name: entry_of(path) for path in sorted(folder.iterdir())}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

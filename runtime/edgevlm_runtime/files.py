@@ -3,6 +3,9 @@
 A bundle may come from anywhere, so a name in it is only a claim. A file is taken where its name is
 relative and plain, where no part of its path is a symbolic link, and where it is a regular file
 with one name (a hard link could be a file from outside the bundle; ONNX Runtime would load it).
+
+The hash of a file is its sha256; of a file longer than 64 MiB it is the sha256 of the digests of
+its pieces of 64 MiB, one after the other, so that all cores can work on one file of weights.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 from edgevlm_runtime.errors import BundleError
 from edgevlm_runtime.manifest import FileEntry
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+
+_PIECE = 64 << 20
+_BLOCK = 1 << 20
 _BLOCK_BYTES = 16 << 20
 
 _RECOMPILE = "copy or compile the bundle again"
@@ -43,8 +51,8 @@ def read_manifest(folder: Path) -> bytes:
 def map_files(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, memoryview]:
     """Map every listed file, checked for size and sha256; refuse files that are not listed.
 
-    Hashing is done by as many threads as there are cores, largest files first, and is complete
-    when this returns: no parser sees a byte before.
+    Hashing is done by as many threads as there are cores, and is complete when this returns: no
+    parser sees a byte before.
     """
     for name in entries:
         _check_name(name)
@@ -54,28 +62,54 @@ def map_files(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, memor
                 f"file {name!r} is not listed in {MANIFEST}",
                 hint="remove it: what a bundle does not list could be loaded unchecked",
             )
-    maps = {name: _map(folder, name, entry) for name, entry in entries.items()}
-    largest_first = sorted(maps, key=lambda name: -len(maps[name]))
+    with ExitStack() as stack:
+        opened = {
+            name: stack.enter_context(_open(folder, name, entry)) for name, entry in entries.items()
+        }
+        _check_hashes(opened, entries)
+        return {name: _mapped(file, entries[name].size) for name, file in opened.items()}
+
+
+def entry_of(path: Path) -> FileEntry:
+    """The size and hash of a file, as a manifest lists them."""
+    with path.open("rb") as file, ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        size = os.fstat(file.fileno()).st_size
+        return FileEntry(size=size, sha256=_joined(list(_digests(file, size, threads))))
+
+
+def _check_hashes(opened: Mapping[str, BinaryIO], entries: Mapping[str, FileEntry]) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        digests = threads.map(lambda name: _digest(maps[name]), largest_first)
-        for name, digest in zip(largest_first, digests, strict=True):
-            if digest != entries[name].sha256:
+        pending = {
+            name: _digests(file, entries[name].size, threads) for name, file in opened.items()
+        }
+        for name, digests in pending.items():
+            found = _joined(list(digests))
+            if found != entries[name].sha256:
                 raise BundleError(
-                    f"file {name!r} was altered: sha256 {digest}, listed {entries[name].sha256}",
+                    f"file {name!r} was altered: sha256 {found}, listed {entries[name].sha256}",
                     hint=_RECOMPILE,
                 )
-    return maps
 
 
-def _digest(mapped: memoryview) -> str:
-    """The sha256 of a mapped file; what was read is let go at once, or all of it stays resident."""
-    sha = hashlib.sha256()
-    for start in range(0, len(mapped), _BLOCK_BYTES):
-        block = mapped[start : start + _BLOCK_BYTES]
-        sha.update(block)
-        if isinstance(mapped.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.obj.madvise(mmap.MADV_DONTNEED, start, len(block))
-    return sha.hexdigest()
+def _digests(file: BinaryIO, size: int, threads: Executor) -> Iterator[bytes]:
+    """The digests of the pieces, in order; every piece is begun at once."""
+    number = file.fileno()
+    return threads.map(lambda begin: _digest(number, begin), range(0, max(size, 1), _PIECE))
+
+
+def _digest(number: int, begin: int) -> bytes:
+    """The sha256 of one piece; reading is faster than mapping what is read only once."""
+    sha, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    offset, end = begin, begin + _PIECE
+    while count := os.preadv(number, [buffer[: end - offset]], offset):
+        sha.update(buffer[:count])
+        offset += count
+    return sha.digest()
+
+
+def _joined(digests: list[bytes]) -> str:
+    """The hash of a file, of the digests of its pieces."""
+    return digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _check_name(name: str) -> None:
@@ -125,17 +159,23 @@ def _regular_file(folder: Path, name: str) -> os.stat_result:
     return status
 
 
-def _map(folder: Path, name: str, entry: FileEntry) -> memoryview:
-    """Map a file of the listed size; what is mapped is the file whose status was checked."""
+def _open(folder: Path, name: str, entry: FileEntry) -> BinaryIO:
+    """Open a file of the listed size: that one whose status was checked."""
     checked = _regular_file(folder, name)
     if checked.st_size != entry.size:
         raise BundleError(
             f"file {name!r} has {checked.st_size} bytes, listed {entry.size}", hint=_RECOMPILE
         )
-    with (folder / name).open("rb") as file:
-        opened = os.fstat(file.fileno())
-        if not os.path.samestat(checked, opened) or opened.st_size != entry.size:
-            raise BundleError(f"file {name!r} changed while it was opened", hint=_RECOMPILE)
-        if entry.size == 0:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    file = (folder / name).open("rb", buffering=0)
+    opened = os.fstat(file.fileno())
+    if not os.path.samestat(checked, opened) or opened.st_size != entry.size:
+        file.close()
+        raise BundleError(f"file {name!r} changed while it was opened", hint=_RECOMPILE)
+    return file
+
+
+def _mapped(file: BinaryIO, size: int) -> memoryview:
+    """The file in memory; what nobody looks at is not resident."""
+    if size == 0:
+        return memoryview(b"")
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm_runtime.files import entry_of
 from edgevlm_runtime.image import FixedGeometry, ImageSpec
 from edgevlm_runtime.manifest import (
     FORMAT_VERSION,
     EngineSpec,
-    FileEntry,
     GenerationSpec,
     GraphSpec,
     Manifest,
@@ -85,9 +84,7 @@ def write_manifest(
     """Write the tokenizer, list every file, and write the manifest."""
     TOKENIZER.save(str(folder / "tokenizer.json"))
     files = {
-        path.relative_to(folder).as_posix(): FileEntry(
-            size=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest()
-        )
+        path.relative_to(folder).as_posix(): entry_of(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
