@@ -12,6 +12,7 @@ from edgevlm_runtime.bundle import Bundle
 def inspect_command(path: Path, *, as_json: bool) -> None:
     """Open a bundle and show it."""
     bundle = Bundle.open(path)
+    bundle.check()
     if as_json:
         print_json(bundle_document(bundle))
     else:

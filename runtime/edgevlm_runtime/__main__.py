@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle, options.variant)
+    bundle.check()
     manifest = bundle.manifest
     if options.json:
         sys.stdout.write(json.dumps(to_json(manifest), indent=2) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgevlm_runtime.consistency import check_manifest
 from edgevlm_runtime.errors import BundleError
-from edgevlm_runtime.files import MANIFEST, map_files, read_manifest
+from edgevlm_runtime.files import MANIFEST, BundleFiles, read_manifest
 from edgevlm_runtime.manifest import FORMAT_VERSION, Manifest, Variant
 from edgevlm_runtime.structure import from_json, read_json
 
@@ -20,14 +20,15 @@ class Bundle:
     path: Path
     manifest: Manifest
     variant_name: str
-    files: dict[str, memoryview]
+    files: BundleFiles
 
     @classmethod
     def open(cls, path: str | PathLike[str], variant: str | None = None) -> Bundle:
-        """Read the manifest, check every listed file, choose a variant.
+        """Read the manifest, check the files, choose a variant.
 
-        Files stay memory-mapped as they were checked. Nobody may write to them while the bundle is
-        in use; replacing the whole directory (as the compiler does) is safe.
+        Weight files may still be hashed when this returns: `check` waits for them, and so does
+        whatever uses them. Files stay mapped as they were checked. Nobody may write to them while
+        the bundle is in use; replacing the whole directory (as the compiler does) is safe.
         """
         folder = Path(path)
         manifest = parse_manifest(read_manifest(folder))
@@ -37,12 +38,22 @@ class Bundle:
                 f"bundle {manifest.name!r} has no variant {name!r}",
                 hint=f"it has {', '.join(sorted(map(repr, manifest.variants)))}",
             )
-        return cls(
-            path=folder,
-            manifest=manifest,
-            variant_name=name,
-            files=map_files(folder, manifest.files),
-        )
+        files = BundleFiles(folder, manifest.files)
+        bundle = cls(path=folder, manifest=manifest, variant_name=name, files=files)
+        weights = {
+            weight
+            for variant in manifest.variants.values()
+            for graph in variant.graphs
+            for weight in graph.weights
+        }
+        for name in manifest.files.keys() - weights:
+            bundle.file(name)
+        return bundle
+
+    def check(self) -> None:
+        """Wait until every file is hashed; raise BundleError where one was altered."""
+        for name in self.files:
+            self.file(name)
 
     @property
     def variant(self) -> Variant:
@@ -51,12 +62,11 @@ class Bundle:
 
     def file(self, name: str) -> memoryview:
         """The verified bytes of a listed file, memory-mapped and read-only."""
-        try:
-            return self.files[name]
-        except KeyError:
+        if name not in self.manifest.files:
             raise BundleError(
                 f"bundle {self.manifest.name!r} has no file {name!r}", hint="compile it again"
-            ) from None
+            )
+        return self.files[name]
 
 
 def parse_manifest(text: bytes | str) -> Manifest:

@@ -6,6 +6,10 @@ with one name (a hard link could be a file from outside the bundle; ONNX Runtime
 
 The hash of a file is its sha256; of a file longer than 64 MiB it is the sha256 of the digests of
 its pieces of 64 MiB, one after the other, so that all cores can work on one file of weights.
+
+No parser sees a byte that is not verified. The one thing that may begin earlier is that an engine
+packs raw weights, which takes as long as hashing them; it is not handed out, nor is a session,
+before their hash agrees.
 """
 
 from __future__ import annotations
@@ -14,11 +18,10 @@ import hashlib
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 from edgevlm_runtime.errors import BundleError
 from edgevlm_runtime.manifest import FileEntry
@@ -28,6 +31,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 _PIECE = 64 << 20
 _BLOCK = 1 << 20
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _BLOCK_BYTES = 16 << 20
 
 _RECOMPILE = "copy or compile the bundle again"
@@ -48,67 +52,81 @@ def read_manifest(folder: Path) -> bytes:
     return (folder / MANIFEST).read_bytes()
 
 
-def map_files(folder: Path, entries: Mapping[str, FileEntry]) -> dict[str, memoryview]:
-    """Map every listed file, checked for size and sha256; refuse files that are not listed.
+class BundleFiles:
+    """The listed files of a folder, mapped; each is handed out once its hash agrees.
 
-    Hashing is done by as many threads as there are cores, and is complete when this returns: no
-    parser sees a byte before.
+    Hashing begins at once, in as many threads as there are cores, small files first.
     """
-    for name in entries:
-        _check_name(name)
-    for name in sorted(_names_in(folder)):
-        if name not in entries:
-            raise BundleError(
-                f"file {name!r} is not listed in {MANIFEST}",
-                hint="remove it: what a bundle does not list could be loaded unchecked",
-            )
-    with ExitStack() as stack:
-        opened = {
-            name: stack.enter_context(_open(folder, name, entry)) for name, entry in entries.items()
+
+    def __init__(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
+        """Open every file, and refuse what is not safe, not of its size, or not listed."""
+        for name in entries:
+            _check_name(name)
+        for name in sorted(_names_in(folder)):
+            if name not in entries:
+                raise BundleError(
+                    f"file {name!r} is not listed in {MANIFEST}",
+                    hint="remove it: what a bundle does not list could be loaded unchecked",
+                )
+        self._entries = entries
+        small_first = sorted(entries, key=lambda name: entries[name].size)
+        opened = {name: _open(folder, name, entries[name]) for name in small_first}
+        self._maps = {name: _mapped(file, entries[name].size) for name, file in opened.items()}
+        threads = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self._digests = {
+            name: _digests(file, entries[name].size, threads) for name, file in opened.items()
         }
-        _check_hashes(opened, entries)
-        return {name: _mapped(file, entries[name].size) for name, file in opened.items()}
+        threads.shutdown(wait=False)
+
+    def __getitem__(self, name: str) -> memoryview:
+        """The bytes of a file, or BundleError where they are not those that were listed."""
+        found, listed = _joined(self._digests[name]), self._entries[name].sha256
+        if found != listed:
+            raise BundleError(
+                f"file {name!r} was altered: sha256 {found}, listed {listed}", hint=_RECOMPILE
+            )
+        return self._maps[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the files."""
+        return iter(self._entries)
 
 
 def entry_of(path: Path) -> FileEntry:
     """The size and hash of a file, as a manifest lists them."""
-    with path.open("rb") as file, ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        size = os.fstat(file.fileno()).st_size
-        return FileEntry(size=size, sha256=_joined(list(_digests(file, size, threads))))
-
-
-def _check_hashes(opened: Mapping[str, BinaryIO], entries: Mapping[str, FileEntry]) -> None:
+    size = path.stat().st_size
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        pending = {
-            name: _digests(file, entries[name].size, threads) for name, file in opened.items()
-        }
-        for name, digests in pending.items():
-            found = _joined(list(digests))
-            if found != entries[name].sha256:
-                raise BundleError(
-                    f"file {name!r} was altered: sha256 {found}, listed {entries[name].sha256}",
-                    hint=_RECOMPILE,
-                )
+        file = _OpenFile(os.open(path, os.O_RDONLY))
+        return FileEntry(size=size, sha256=_joined(_digests(file, size, threads)))
 
 
-def _digests(file: BinaryIO, size: int, threads: Executor) -> Iterator[bytes]:
-    """The digests of the pieces, in order; every piece is begun at once."""
-    number = file.fileno()
-    return threads.map(lambda begin: _digest(number, begin), range(0, max(size, 1), _PIECE))
+class _OpenFile:
+    """A file descriptor, closed when nobody holds it any more."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        weakref.finalize(self, os.close, number)
 
 
-def _digest(number: int, begin: int) -> bytes:
+def _digests(file: _OpenFile, size: int, threads: Executor) -> list[Future[bytes]]:
+    """The digests of the pieces of a file, in order."""
+    pieces = range(0, max(size, 1), _PIECE)
+    return [threads.submit(_digest, file, begin) for begin in pieces]
+
+
+def _digest(file: _OpenFile, begin: int) -> bytes:
     """The sha256 of one piece; reading is faster than mapping what is read only once."""
     sha, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     offset, end = begin, begin + _PIECE
-    while count := os.preadv(number, [buffer[: end - offset]], offset):
+    while count := os.preadv(file.number, [buffer[: end - offset]], offset):
         sha.update(buffer[:count])
         offset += count
     return sha.digest()
 
 
-def _joined(digests: list[bytes]) -> str:
+def _joined(pieces: list[Future[bytes]]) -> str:
     """The hash of a file, of the digests of its pieces."""
+    digests = [piece.result() for piece in pieces]
     return digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -159,23 +177,22 @@ def _regular_file(folder: Path, name: str) -> os.stat_result:
     return status
 
 
-def _open(folder: Path, name: str, entry: FileEntry) -> BinaryIO:
+def _open(folder: Path, name: str, entry: FileEntry) -> _OpenFile:
     """Open a file of the listed size: that one whose status was checked."""
     checked = _regular_file(folder, name)
     if checked.st_size != entry.size:
         raise BundleError(
             f"file {name!r} has {checked.st_size} bytes, listed {entry.size}", hint=_RECOMPILE
         )
-    file = (folder / name).open("rb", buffering=0)
-    opened = os.fstat(file.fileno())
+    file = _OpenFile(os.open(folder / name, os.O_RDONLY | _NO_FOLLOW))
+    opened = os.fstat(file.number)
     if not os.path.samestat(checked, opened) or opened.st_size != entry.size:
-        file.close()
         raise BundleError(f"file {name!r} changed while it was opened", hint=_RECOMPILE)
     return file
 
 
-def _mapped(file: BinaryIO, size: int) -> memoryview:
+def _mapped(file: _OpenFile, size: int) -> memoryview:
     """The file in memory; what nobody looks at is not resident."""
     if size == 0:
         return memoryview(b"")
-    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return memoryview(mmap.mmap(file.number, 0, access=mmap.ACCESS_READ))

@@ -47,6 +47,7 @@ class Session:
         self.decoder = self.open_decoder()
         self._encoder.load()
         self.decoder.load()
+        bundle.check()
         self._owner = threading.Lock()
         self._cancelled = threading.Event()
 

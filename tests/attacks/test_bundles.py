@@ -307,6 +307,54 @@ def test_every_flipped_byte_is_found(target: Path, data: st.DataObject) -> None:
     path.write_bytes(original[:place] + bytes([original[place] ^ flip]) + original[place + 1 :])
     try:
         with pytest.raises(BundleError, match=rf"^file '{path.name}' was altered: "):
-            Bundle.open(target)
+            Bundle.open(target).check()
     finally:
         path.write_bytes(original)
+
+
+def test_altered_weights_in_a_file_of_their_own(bundle: Path) -> None:
+    """They are hashed while the graph is loaded, and no session comes of it."""
+    model = onnx.load(bundle / "vision.onnx")
+    (bundle / "vision.onnx").unlink()
+    onnx.save(
+        model,
+        bundle / "vision.onnx",
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=64,
+    )
+    relist(bundle, "vision.onnx")
+    relist(bundle, "w.bin")
+    variants = json.loads((bundle / "manifest.json").read_text())["variants"]
+    for variant in variants.values():
+        variant["graphs"][1]["weights"] = ["w.bin"]
+    edit(bundle, variants=variants)
+    session = Session(Bundle.open(bundle))
+    assert session.generate("what?", [np.zeros((8, 8, 3), np.uint8)], max_new_tokens=1).tokens
+
+    content = bytearray((bundle / "w.bin").read_bytes())
+    listed = hashlib.sha256(content).hexdigest()
+    content[1000] ^= 64
+    (bundle / "w.bin").write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()
+    message = f"file 'w.bin' was altered: sha256 {found}, listed {listed}" + AGAIN
+    assert refused(bundle) == message
+    with pytest.raises(BundleError) as error:
+        Bundle.open(bundle).check()
+    assert str(error.value) == message
+
+
+def test_weights_that_no_graph_names_cannot_be_reached(bundle: Path) -> None:
+    """A graph without weights in the manifest cannot read a file of the bundle either."""
+    model = onnx.load(bundle / "vision.onnx")
+    (bundle / "vision.onnx").unlink()
+    onnx.save(
+        model,
+        bundle / "vision.onnx",
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=64,
+    )
+    relist(bundle, "vision.onnx")
+    relist(bundle, "w.bin")
+    assert "cannot load graph 'vision'" in refused(bundle, EngineError)

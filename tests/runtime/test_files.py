@@ -45,9 +45,10 @@ def test_a_long_file_has_the_hash_of_its_pieces(tmp_path: Path, size: int) -> No
 def test_a_flip_in_any_piece_is_found(tmp_path: Path, place: int) -> None:
     (tmp_path / "f").write_bytes(CONTENT)
     entries = {"f": files.entry_of(tmp_path / "f")}
-    assert bytes(files.map_files(tmp_path, entries)["f"]) == CONTENT
+    assert bytes(files.BundleFiles(tmp_path, entries)["f"]) == CONTENT
     (tmp_path / "f").write_bytes(
         CONTENT[:place] + bytes([CONTENT[place] ^ 8]) + CONTENT[place + 1 :]
     )
+    mapped = files.BundleFiles(tmp_path, entries)
     with pytest.raises(BundleError, match=r"^file 'f' was altered: sha256 "):
-        files.map_files(tmp_path, entries)
+        mapped["f"]

@@ -50,10 +50,12 @@ class OrtEngine:
                 bytes(bundle.file(graph.file)), options, providers=["CPUExecutionProvider"]
             )
         except _errors() as error:
+            _check_weights(bundle, graph)
             raise EngineError(
                 f"onnxruntime {ort.__version__} cannot load graph {graph.name!r}: {error}",
                 hint="compile the bundle again for this version, or install the one it names",
             ) from error
+        _check_weights(bundle, graph)
         self.graph = graph
         optional = {node.name: node for node in self._session.get_overridable_initializers()}
         required = {node.name: node for node in self._session.get_inputs()}
@@ -107,6 +109,12 @@ class OrtCall:
         values = self._binding.get_outputs()
         made = {name: values[self._order.index(name)].numpy() for name in self._made}
         return {**self._bound, **made}
+
+
+def _check_weights(bundle: Bundle, graph: GraphSpec) -> None:
+    """Wait until the weights that were read are known to be those that were listed."""
+    for name in graph.weights:
+        bundle.file(name)
 
 
 def _onnxruntime() -> types.ModuleType:
