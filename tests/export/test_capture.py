@@ -1,3 +1,5 @@
+"""Capture: nodes and values are named by their sites, and weights are not copied."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""What a graph may hold: planted violations are errors that name op and site."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""Taps: values inside a written graph become outputs."""
+
 from __future__ import annotations
 
 from pathlib import Path

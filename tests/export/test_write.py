@@ -1,3 +1,5 @@
+"""Written graphs: every weight once, checked, durable, the same bytes each time."""
+
 from __future__ import annotations
 
 from pathlib import Path

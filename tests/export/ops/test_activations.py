@@ -1,3 +1,5 @@
+"""Activations and gates: torch, numpy and ONNX Runtime agree in every lowering."""
+
 from __future__ import annotations
 
 import math

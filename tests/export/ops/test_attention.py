@@ -1,3 +1,5 @@
+"""Stateless attention: torch, numpy and ONNX Runtime agree in every lowering."""
+
 from __future__ import annotations
 
 from typing import Any

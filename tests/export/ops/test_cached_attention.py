@@ -1,3 +1,5 @@
+"""Attention over a cache in place: chunks equal the whole, as GroupQueryAttention runs it."""
+
 from __future__ import annotations
 
 from typing import Any

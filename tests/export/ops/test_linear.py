@@ -1,3 +1,5 @@
+"""Linear maps and logits: products in both layouts of the weight."""
+
 from __future__ import annotations
 
 import numpy as np

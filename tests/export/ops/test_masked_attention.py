@@ -1,3 +1,5 @@
+"""Attention over a cache and new rows with a mask: static chunks equal the whole."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""Norms: torch, numpy and ONNX Runtime agree in every lowering."""
+
 from __future__ import annotations
 
 import numpy as np

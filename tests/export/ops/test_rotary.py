@@ -1,3 +1,5 @@
+"""Rotary positions: torch, numpy and ONNX Runtime agree, whole heads or a part."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Shapes that inference knows become constants."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The bias of a projection moves into the node that reads it."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""A residual add and the norm of its sum become one node."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""onnxsim simplifies, and every site survives."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""A packed projection becomes three where attention reads three."""
+
 from __future__ import annotations
 
 import numpy as np
