@@ -1,8 +1,8 @@
 """Choosing the next token from a row of logits.
 
 A vocabulary has 50,000 to 250,000 entries and there are milliseconds per token, so nothing here
-sorts it. Logits are looked at as 64 rows of columns: the k largest entries lie in the columns with
-the k largest maxima, and an inverse-CDF draw first chooses a column by its sum.
+sorts it. Logits are looked at as 64 rows of columns: none of the k largest entries is smaller than
+the k-th largest of the columns' maxima, and an inverse-CDF draw first chooses a column by its sum.
 """
 
 from __future__ import annotations
@@ -94,18 +94,14 @@ class Sampler:
 def largest(logits: Array, count: int) -> Array:
     """Ids of the `count` largest entries, largest first, equal ones by lowest id."""
     num_columns = len(logits) // _ROWS
-    if count < num_columns:
-        in_table = _ROWS * num_columns
-        maxima = logits[:in_table].reshape(_ROWS, num_columns).max(axis=0)
-        columns = np.flatnonzero(maxima >= np.partition(maxima, -count)[-count])
-        inside = np.add.outer(np.arange(0, in_table, num_columns), columns)
-        ids = np.concatenate([inside.ravel(), np.arange(in_table, len(logits))])
-    else:
+    if count >= len(logits):
         ids = np.arange(len(logits))
+    else:
+        # The largest maxima are as many entries of different columns: a bound from below.
+        table = logits[: _ROWS * num_columns].reshape(_ROWS, num_columns)
+        sample = table.max(axis=0) if count < num_columns else logits
+        ids = np.flatnonzero(logits >= np.partition(sample, -count)[-count])
     values = logits[ids]
-    if count < len(ids):
-        kept = np.flatnonzero(values >= np.partition(values, -count)[-count])
-        ids, values = ids[kept], values[kept]
     return ids[np.lexsort((ids, -values))][:count]
 
 
