@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from edgevlm.scenes.muon import Muon
 from edgevlm.scenes.threads import ThreadChooser
 
 _LOG = logging.getLogger(__name__)
@@ -175,13 +176,7 @@ def _optimizers(module: nn.Module, budget: Budget) -> list[torch.optim.Optimizer
             if groups[matrix, vision]
         ]
 
-    muon = torch.optim.Muon(
-        with_peaks(True, budget.muon_rate),
-        weight_decay=0.01,
-        momentum=0.95,
-        ns_steps=5,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(with_peaks(True, budget.muon_rate))
     adam = torch.optim.AdamW(
         with_peaks(False, budget.adam_rate), betas=(0.9, 0.98), weight_decay=0.0
     )

@@ -8,7 +8,7 @@ after the prefix, so that each segment is computed exactly as if it were alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ NO_LABEL = -100
 _TASK_WEIGHTS = {"describe": 4.0, "box": 2.0, "read": 2.0}
 _END_WEIGHT = 0.1
 _ASKED_OFTEN = ("exists", "colour", "shape", "count", "where", "read", "relation", "box")
+_PRACTICE_WEIGHT = 12
+_PRACTICE_DESCRIBED = 1 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +57,14 @@ def num_prefix(num_pictures: int) -> int:
     return 1 + num_pictures * NUM_PATCHES
 
 
-def draw_segments(scenes: Sequence[Scene], rng: random.Random) -> list[tuple[Question, ...]]:
-    """More conversations than fit: a description of each picture, every task, then a mix."""
+def draw_segments(
+    scenes: Sequence[Scene], rng: random.Random, practice: Collection[str] = ()
+) -> list[tuple[Question, ...]]:
+    """More conversations than fit: a description of each picture, every task, then a mix.
+
+    With tasks to practise, these are asked twelve times as often as the others, and two pictures
+    of three are not described.
+    """
 
     def draw(task: str) -> Question | None:
         picture = rng.randrange(len(scenes))
@@ -67,13 +75,14 @@ def draw_segments(scenes: Sequence[Scene], rng: random.Random) -> list[tuple[Que
 
     segments: list[tuple[Question, ...]] = []
     for picture, scene in enumerate(scenes):
+        if practice and rng.random() > _PRACTICE_DESCRIBED:
+            continue
         question = ask(scene, "describe", rng)
         if question is not None:
             segments.append((question if len(scenes) == 1 else ask_about(question, picture),))
-    tasks = [*_ASKED_OFTEN]
-    rng.shuffle(tasks)
-    while len(tasks) < 40:
-        tasks.append(rng.choice(_ASKED_OFTEN))
+    tasks = [] if practice else rng.sample(_ASKED_OFTEN, len(_ASKED_OFTEN))
+    often = [_PRACTICE_WEIGHT if task in practice else 1 for task in _ASKED_OFTEN]
+    tasks += rng.choices(_ASKED_OFTEN, often, k=40 - len(tasks))
     asked = [question for question in map(draw, tasks) if question is not None]
     while asked:
         turns = rng.choice((2, 3)) if rng.random() < 1 / 3 else 1

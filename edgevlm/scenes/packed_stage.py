@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from edgevlm.scenes.model import (
     use_training_attention,
 )
 from edgevlm.scenes.pack import NO_LABEL, Vocabulary, draw_segments, num_prefix, pack
+from edgevlm.scenes.precision import fast_autocast
 from edgevlm.scenes.scene import Scene, check_split, make_scene
 from edgevlm.scenes.tokens import ASSISTANT, END, PAD, USER, build_tokenizer, token_id
 from edgevlm.scenes.words import TASKS
@@ -48,8 +49,18 @@ _DENSE_WEIGHT = 0.2
 class PackedStage:
     """The whole model, and the dense heads that keep the vision encoder honest."""
 
-    def __init__(self, seed: int, host: torch.device, start: Path, export_to: Path | None) -> None:
-        """Start from a stage 1 folder, or from a stage 2 folder to train further."""
+    def __init__(
+        self,
+        seed: int,
+        host: torch.device,
+        start: Path,
+        export_to: Path | None,
+        practice: Collection[str] = (),
+    ) -> None:
+        """Start from a stage 1 folder, or go on from a stage 2 folder or an exported checkpoint.
+
+        A checkpoint comes without the dense heads: only the decoder can learn from it.
+        """
         torch.manual_seed(seed)
         self.tokenizer = build_tokenizer()
         model = build_model(self.tokenizer)
@@ -57,8 +68,13 @@ class PackedStage:
         self._model, self._heads = model, heads
         whole = start / "packed.safetensors"
         self.module: nn.Module = nn.ModuleDict({"model": model, "heads": heads})
+        self._has_heads = True
         if whole.exists():
             self.module.load_state_dict(load_file(whole), strict=False)
+        elif (start / "config.json").exists():
+            trained = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+            model.load_state_dict(trained.state_dict())
+            self._has_heads = False
         else:
             load_vision(model, heads, start)
         use_training_attention(model)
@@ -67,6 +83,7 @@ class PackedStage:
         self._seed = seed
         self._host = host
         self._export_to = export_to
+        self._practice = practice
 
     def freeze_vision(self) -> None:
         """Leave the vision encoder as stage 1 made it: steps are a third faster."""
@@ -84,12 +101,12 @@ class PackedStage:
             layer.compile(dynamic=False)
 
     def batches(self) -> Dataset[dict[str, torch.Tensor]]:
-        """Packed sequences by step, from stage 2\'s own pictures."""
-        return PackedPictures(self._seed, self.tokenizer)
+        """Packed sequences by step, from stage 2's own pictures."""
+        return PackedPictures(self._seed, self.tokenizer, self._practice)
 
     def loss(self, batch: dict[str, torch.Tensor], step: int) -> tuple[torch.Tensor, Tallies]:
         """Answers weighted by task, and a little of the dense loss of stage 1."""
-        with torch.autocast(self._host.type, torch.bfloat16):
+        with fast_autocast(self._host):
             hidden, seen, pooled = forward_packed(
                 self._model, batch, user=token_id(self.tokenizer, USER)
             )
@@ -216,13 +233,16 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
 
 
 def make_batch(
-    groups: Sequence[Sequence[Scene]], vocabulary: Vocabulary, rng: random.Random
+    groups: Sequence[Sequence[Scene]],
+    vocabulary: Vocabulary,
+    rng: random.Random,
+    practice: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Pack one sequence for each group of one or two scenes."""
     num_pictures = len(groups[0])
     packed = [
         pack(
-            draw_segments(scenes, rng),
+            draw_segments(scenes, rng, practice),
             vocabulary,
             first_position=num_prefix(num_pictures),
             rows=_ROWS[num_pictures],
@@ -245,10 +265,13 @@ def make_batch(
 class PackedPictures(Dataset[dict[str, torch.Tensor]]):
     """Batch `step` is a pure function of the seed and the step, from stage 2's own pictures."""
 
-    def __init__(self, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, seed: int, tokenizer: PreTrainedTokenizerFast, practice: Collection[str] = ()
+    ) -> None:
         """Pictures of a training seed, asked about in the tokenizer's tokens."""
         self._first = seed * 20_000_000 + 10_000_000
         self._vocabulary = vocabulary_of(tokenizer)
+        self._practice = practice
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         """The batch of a step."""
@@ -259,4 +282,4 @@ class PackedPictures(Dataset[dict[str, torch.Tensor]]):
         rng = random.Random(f"questions {start}")
         each = 2 if step % _PAIR_EVERY == _PAIR_EVERY - 1 else 1
         groups = [scenes[first : first + each] for first in range(0, _PICTURES, each)]
-        return make_batch(groups, self._vocabulary, rng)
+        return make_batch(groups, self._vocabulary, rng, self._practice)

@@ -31,6 +31,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from edgevlm.scenes.words import TASKS
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one stage of training."""
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from edgevlm.scenes.packed_stage import PackedStage
 
-    stage = PackedStage(options.seed, host, options.start, options.export)
+    stage = PackedStage(options.seed, host, options.start, options.export, options.practice)
     if options.freeze_vision:
         stage.freeze_vision()
     if options.compile:
@@ -86,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=1.0, help="packed: learning rate factor")
     parser.add_argument(
         "--freeze-vision", action="store_true", help="packed: train projector and decoder only"
+    )
+    parser.add_argument(
+        "--practice", nargs="+", default=(), choices=TASKS, help="packed: tasks to ask more often"
     )
     parser.add_argument("--compile", action="store_true", help="packed: use torch.compile")
     return parser

@@ -18,6 +18,7 @@ from edgevlm.scenes.draw import draw_scene
 from edgevlm.scenes.heads import DenseHeads
 from edgevlm.scenes.loop import Tallies
 from edgevlm.scenes.model import VISION_ATTENTION, WIDTH, normalize, vision_config
+from edgevlm.scenes.precision import fast_autocast
 from edgevlm.scenes.scene import Sign, check_split, make_scene, spare_signs
 
 _BATCH = 48
@@ -47,7 +48,7 @@ class VisionStage:
 
     def loss(self, batch: dict[str, torch.Tensor], step: int) -> tuple[torch.Tensor, Tallies]:
         """The dense loss."""
-        with torch.autocast(self._host.type, torch.bfloat16):
+        with fast_autocast(self._host):
             seen = self._vision(pixel_values=normalize(batch["pixels"]))
             loss, right = self._heads.loss(
                 seen.last_hidden_state, seen.pooler_output, batch["patches"], batch["picture"]
