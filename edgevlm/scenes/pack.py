@@ -23,7 +23,17 @@ NO_LABEL = -100
 # A description names some twenty facts, a box four, a sign two to four characters.
 _TASK_WEIGHTS = {"describe": 4.0, "box": 2.0, "read": 2.0}
 _END_WEIGHT = 0.1
-_ASKED_OFTEN = ("exists", "colour", "shape", "count", "where", "read", "relation", "box")
+# How often a task is asked after every task was asked once: more where one answer teaches less.
+_ASKED = {
+    "exists": 2,
+    "colour": 1,
+    "shape": 1,
+    "count": 2,
+    "where": 1,
+    "read": 1,
+    "relation": 2,
+    "box": 1,
+}
 _PRACTICE_WEIGHT = 12
 _PRACTICE_DESCRIBED = 1 / 3
 
@@ -62,8 +72,8 @@ def draw_segments(
 ) -> list[tuple[Question, ...]]:
     """More conversations than fit: a description of each picture, every task, then a mix.
 
-    With tasks to practise, these are asked twelve times as often as the others, and two pictures
-    of three are not described.
+    With tasks to practise, most questions are of these, and two pictures of three are not
+    described.
     """
 
     def draw(task: str) -> Question | None:
@@ -80,9 +90,9 @@ def draw_segments(
         question = ask(scene, "describe", rng)
         if question is not None:
             segments.append((question if len(scenes) == 1 else ask_about(question, picture),))
-    tasks = [] if practice else rng.sample(_ASKED_OFTEN, len(_ASKED_OFTEN))
-    often = [_PRACTICE_WEIGHT if task in practice else 1 for task in _ASKED_OFTEN]
-    tasks += rng.choices(_ASKED_OFTEN, often, k=40 - len(tasks))
+    tasks = [] if practice else rng.sample(list(_ASKED), len(_ASKED))
+    often = [_PRACTICE_WEIGHT if task in practice else times for task, times in _ASKED.items()]
+    tasks += rng.choices(list(_ASKED), often, k=40 - len(tasks))
     asked = [question for question in map(draw, tasks) if question is not None]
     while asked:
         turns = rng.choice((2, 3)) if rng.random() < 1 / 3 else 1
