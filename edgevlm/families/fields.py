@@ -80,19 +80,14 @@ class Fields:
         value = self._values.get(name)
         if value is None:
             if default is None:
-                raise ModelError(
-                    f"{self.file}: {self._path(name)} is missing, which family "
-                    f"{self.family!r} needs",
-                    hint=f"take {self.file} from the checkpoint's own repository",
+                raise self.error(
+                    f"{self._path(name)} is missing, which family {self.family!r} needs"
                 )
             return default
         if kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ModelError(
-                f"{self.file}: {self._path(name)} is {value!r}, expected {kind.__name__}",
-                hint=f"take {self.file} from the checkpoint's own repository",
-            )
+            raise self.error(f"{self._path(name)} is {value!r}, expected {kind.__name__}")
         return value
 
     def maybe(self, name: str, kind: type[T]) -> T | None:
@@ -127,6 +122,13 @@ class Fields:
     def ignore(self, *names: str) -> None:
         """Name fields that are without effect here."""
         self._read.update(names)
+
+    def error(self, clause: str) -> ModelError:
+        """What makes this file one that no model can have been saved with."""
+        return ModelError(
+            f"{self.file}: {clause}",
+            hint=f"take {self.file} from the checkpoint's own repository",
+        )
 
     def section(self, name: str) -> Fields:
         """A nested section."""

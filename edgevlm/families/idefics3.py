@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
 from edgevlm.families.image_spec import ImageChoices
 from edgevlm.families.llava import text_weights
@@ -56,10 +55,8 @@ def spec(config: Mapping[str, Any], files: Mapping[str, bytes], choices: ImageCh
     merge = top.take("scale_factor", int, 2)
     height, width = vision.grids[0]
     if height % merge or width % merge:
-        raise ModelError(
-            f"config.json: scale_factor {merge} does not divide a grid of {height} x {width} "
-            "patches",
-            hint="take config.json from the checkpoint's own repository",
+        raise top.error(
+            f"scale_factor {merge} does not divide a grid of {height} x {width} patches"
         )
     image_token_id = top.take("image_token_id", int, 128257)
     top.ignore(

@@ -333,19 +333,14 @@ def _triple(fields: Fields, name: str, default: Triple) -> Triple:
         return (number, number, number)
     numbers = fields.take(name, list, list(default))
     if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
-        raise ModelError(
-            f"{fields.file}: {fields.where}{name} is {numbers!r}, expected three numbers",
-            hint=f"take {fields.file} from the checkpoint's own repository",
-        )
+        raise fields.error(f"{fields.where}{name} is {numbers!r}, expected three numbers")
     return (float(numbers[0]), float(numbers[1]), float(numbers[2]))
 
 
 def _resample(fields: Fields, kind: ProcessorClass) -> str:
     number = fields.take("resample", int, RESAMPLES.index(kind.resample))
     if not 0 <= number < len(RESAMPLES):
-        raise ModelError(
-            f"{fields.file}: {fields.where}resample is {number}, "
-            f"expected 0 to {len(RESAMPLES) - 1}",
-            hint=f"take {fields.file} from the checkpoint's own repository",
+        raise fields.error(
+            f"{fields.where}resample is {number}, expected 0 to {len(RESAMPLES) - 1}"
         )
     return RESAMPLES[number]

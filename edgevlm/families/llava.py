@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
 from edgevlm.families.image_spec import ImageChoices
 from edgevlm.families.text import ACTIVATIONS, decoder_spec
@@ -124,9 +123,6 @@ def _feature_layers(top: Fields) -> tuple[int, ...]:
     if isinstance(top.peek(name), list):
         layers = top.take(name, list)
         if not layers or not all(type(index) is int for index in layers):
-            raise ModelError(
-                f"config.json: {name} is {layers!r}, expected layer numbers",
-                hint="take config.json from the checkpoint's own repository",
-            )
+            raise top.error(f"{name} is {layers!r}, expected layer numbers")
         return tuple(layers)
     return (top.take(name, int, -2),)

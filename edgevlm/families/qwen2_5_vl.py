@@ -42,7 +42,8 @@ SECTIONS = (
     ),
 )
 
-# What an old config writes into the top level, where a new one has a text section.
+# What an old config writes into the top level, where a new one has a text section. Those written
+# between the two have both, and transformers reads the section.
 TEXT_FIELDS = frozenset(
     [
         "head_dim",
@@ -72,6 +73,7 @@ def spec(config: Mapping[str, Any], files: Mapping[str, bytes], choices: ImageCh
     tied = top.take("tie_word_embeddings", bool, False)
     if "text_config" in top:
         text_fields = top.section("text_config")
+        top.ignore(*TEXT_FIELDS)
         tied = text_fields.take("tie_word_embeddings", bool, False) or tied
     else:
         text_fields = top.split(TEXT_FIELDS)
@@ -83,10 +85,9 @@ def spec(config: Mapping[str, Any], files: Mapping[str, bytes], choices: ImageCh
     out_width = vision_fields.take("out_hidden_size", int, 3584)
     vision = _vision(vision_fields, choices)
     if out_width != decoder.width:
-        raise ModelError(
-            f"config.json: the vision encoder gives {out_width} numbers a row, and the decoder "
-            f"takes {decoder.width}",
-            hint="take config.json from the checkpoint's own repository",
+        raise top.error(
+            f"the vision encoder gives {out_width} numbers a row, and the decoder takes "
+            f"{decoder.width}"
         )
     image_token_id = top.take("image_token_id", int, 151655)
     top.ignore(*ids, "text_config", "vision_token_id")

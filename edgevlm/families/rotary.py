@@ -15,7 +15,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
 from edgevlm.model.spec import RopeSpec
 
@@ -24,9 +23,13 @@ RopeTable = tuple[NDArray[np.float32], float]
 
 
 def rope_spec(
-    fields: Fields, *, head_dim: int, max_positions: int, theta: float, sections: bool = False
+    fields: Fields, *, head_dim: int, max_positions: int, theta: float, has_mrope: bool = False
 ) -> RopeSpec:
-    """Read the rope fields of a text section; `theta` is the default base."""
+    """Read the rope fields of a text section.
+
+    `theta` is the default base. With `has_mrope`, frequencies are shared out to three positions
+    (arXiv 2409.12191, Qwen2-VL).
+    """
     base = fields.take("rope_theta", float, theta)
     name = "rope_scaling" if "rope_scaling" in fields else "rope_parameters"
     fields.ignore("rope_scaling", "rope_parameters")
@@ -37,7 +40,7 @@ def rope_spec(
 
     kind_name = "rope_type" if "rope_type" in rope else "type"
     rope.ignore("rope_type", "type")
-    kinds = {kind: kind for kind in KINDS} | ({"mrope": "default"} if sections else {})
+    kinds = {kind: kind for kind in KINDS} | ({"mrope": "default"} if has_mrope else {})
     kind = rope.choice(kind_name, kinds, "default")
     base = rope.take("rope_theta", float, base)
     inv_freq = _default(head_dim, base)
@@ -52,13 +55,12 @@ def rope_spec(
         rope.ignore("factor", "original_max_position_embeddings")
 
     axes: tuple[int, ...] = ()
-    if sections:
+    if has_mrope:
         axes = tuple(rope.take("mrope_section", list, [16, 24, 24]))
         if len(axes) != 3 or sum(axes) != len(inv_freq):
-            raise ModelError(
-                f"config.json: mrope_section is {list(axes)}, expected three numbers that add up "
-                f"to {len(inv_freq)}, half the head size",
-                hint="take config.json from the checkpoint's own repository",
+            raise rope.error(
+                f"mrope_section is {list(axes)}, expected three numbers that add up to "
+                f"{len(inv_freq)}, half the head size"
             )
     rope.finish()
     return RopeSpec(

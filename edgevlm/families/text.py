@@ -6,7 +6,7 @@ checkpoint means.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
@@ -25,8 +25,13 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextDefaults:
-    """What a text section of one type means where it says nothing."""
+class TextKind:
+    """What a text section of one type means where it says nothing.
+
+    Layers from `max_window_layers` on have the window, if `use_sliding_window` is set; where this
+    is None they all have it. `has_mrope` is rotation by three positions, with the head size that
+    follows from the width.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -37,11 +42,13 @@ class TextDefaults:
     max_position_embeddings: int
     rms_norm_eps: float
     sliding_window: int | None = None
+    max_window_layers: int | None = None
     rope_theta: float = 10000.0
+    has_mrope: bool = False
 
 
-DEFAULTS = {
-    "llama": TextDefaults(
+KINDS = {
+    "llama": TextKind(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
@@ -51,7 +58,7 @@ DEFAULTS = {
         max_position_embeddings=2048,
         rms_norm_eps=1e-6,
     ),
-    "mistral": TextDefaults(
+    "mistral": TextKind(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=14336,
@@ -62,7 +69,7 @@ DEFAULTS = {
         rms_norm_eps=1e-6,
         sliding_window=4096,
     ),
-    "qwen2": TextDefaults(
+    "qwen2": TextKind(
         vocab_size=151936,
         hidden_size=4096,
         intermediate_size=22016,
@@ -72,8 +79,9 @@ DEFAULTS = {
         max_position_embeddings=32768,
         rms_norm_eps=1e-6,
         sliding_window=4096,
+        max_window_layers=28,
     ),
-    "qwen2_5_vl_text": TextDefaults(
+    "qwen2_5_vl_text": TextKind(
         vocab_size=152064,
         hidden_size=8192,
         intermediate_size=29568,
@@ -83,70 +91,56 @@ DEFAULTS = {
         max_position_embeddings=32768,
         rms_norm_eps=1e-5,
         sliding_window=4096,
+        max_window_layers=80,
         rope_theta=1000000.0,
+        has_mrope=True,
     ),
 }
 
 
-def decoder_spec(fields: Fields, kind: str, *, tied: bool) -> DecoderSpec:
-    """Read a text section, all of it."""
-    defaults = DEFAULTS[kind]
-    width = fields.take("hidden_size", int, defaults.hidden_size)
-    num_layers = fields.take("num_hidden_layers", int, defaults.num_hidden_layers)
-    num_heads = fields.take("num_attention_heads", int, defaults.num_attention_heads)
-    # Null means as many as query heads, absent means the class's default.
-    default_kv = None if fields.is_null("num_key_value_heads") else defaults.num_key_value_heads
-    num_kv_heads = fields.take("num_key_value_heads", int, default_kv or num_heads)
-    if num_heads % num_kv_heads:
-        raise ModelError(
-            f"config.json: {num_heads} attention heads do not share {num_kv_heads} key-value heads "
-            "evenly",
-            hint="take config.json from the checkpoint's own repository",
-        )
-    head_dim = width // num_heads
-    if kind == "qwen2_5_vl_text":
-        fields.only("head_dim", head_dim)
-    else:
-        head_dim = fields.take("head_dim", int, head_dim)
-    max_positions = fields.take("max_position_embeddings", int, defaults.max_position_embeddings)
-    qkv_bias, out_bias, mlp_bias = _biases(fields, kind)
-    norm = NormSpec(kind="rms", eps=fields.take("rms_norm_eps", float, defaults.rms_norm_eps))
+def decoder_spec(fields: Fields, model_type: str, *, tied: bool) -> DecoderSpec:
+    """Read a text section, all of it; `tied` makes the embedding the head."""
+    kind = KINDS[model_type]
+    width = fields.take("hidden_size", int, kind.hidden_size)
+    max_positions = fields.take("max_position_embeddings", int, kind.max_position_embeddings)
+    norm = NormSpec(kind="rms", eps=fields.take("rms_norm_eps", float, kind.rms_norm_eps))
+    qkv_bias, out_bias, mlp_bias = _biases(fields, model_type)
+    num_heads, num_kv_heads, head_dim = _heads(fields, kind, width)
+    attention = AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+    )
     mlp = MlpSpec(
-        width=fields.take("intermediate_size", int, defaults.intermediate_size),
+        width=fields.take("intermediate_size", int, kind.intermediate_size),
         activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
         gated=True,
         bias=mlp_bias,
     )
-    layers = tuple(
-        LayerSpec(
-            mixer="attention",
-            attention=AttentionSpec(
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                scale=head_dim**-0.5,
-                qkv_bias=qkv_bias,
-                out_bias=out_bias,
-                window=window,
-            ),
-            mlp=mlp,
-            norm1=norm,
-            norm2=norm,
-        )
-        for window in _windows(fields, kind, num_layers)
-    )
     decoder = DecoderSpec(
         width=width,
-        vocab_size=fields.take("vocab_size", int, defaults.vocab_size),
-        layers=layers,
+        vocab_size=fields.take("vocab_size", int, kind.vocab_size),
+        layers=tuple(
+            LayerSpec(
+                mixer="attention",
+                attention=replace(attention, window=window),
+                mlp=mlp,
+                norm1=norm,
+                norm2=norm,
+            )
+            for window in _windows(fields, kind)
+        ),
         norm=norm,
         tied=tied,
         rope=rope_spec(
             fields,
             head_dim=head_dim,
             max_positions=max_positions,
-            theta=defaults.rope_theta,
-            sections=kind == "qwen2_5_vl_text",
+            theta=kind.rope_theta,
+            has_mrope=kind.has_mrope,
         ),
         max_positions=max_positions,
     )
@@ -154,41 +148,59 @@ def decoder_spec(fields: Fields, kind: str, *, tied: bool) -> DecoderSpec:
     return decoder
 
 
-def _biases(fields: Fields, kind: str) -> tuple[bool, bool, bool]:
+def _heads(fields: Fields, kind: TextKind, width: int) -> tuple[int, int, int]:
+    """Query heads, key-value heads, and the size of one."""
+    num_heads = fields.take("num_attention_heads", int, kind.num_attention_heads)
+    # Null means as many as query heads, absent means the class's default.
+    default = None if fields.is_null("num_key_value_heads") else kind.num_key_value_heads
+    num_kv_heads = fields.take("num_key_value_heads", int, default or num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error(
+            f"{num_heads} attention heads do not share {num_kv_heads} key-value heads evenly"
+        )
+    head_dim = width // num_heads
+    if kind.has_mrope:
+        fields.only("head_dim", head_dim)
+        return num_heads, num_kv_heads, head_dim
+    return num_heads, num_kv_heads, fields.take("head_dim", int, head_dim)
+
+
+def _biases(fields: Fields, model_type: str) -> tuple[bool, bool, bool]:
     """Whether q|k|v, the projection after attention, and the MLP have biases."""
-    if kind == "llama":
+    if model_type == "llama":
         attention = fields.take("attention_bias", bool, False)
         return attention, attention, fields.take("mlp_bias", bool, False)
-    qkv = kind != "mistral"
+    qkv = model_type != "mistral"
     fields.only("attention_bias", qkv)
     fields.only("mlp_bias", False)
     return qkv, False, False
 
 
-def _windows(fields: Fields, kind: str, num_layers: int) -> list[int | None]:
+def _windows(fields: Fields, kind: TextKind) -> list[int | None]:
     """How many rows a row of each layer sees; None is all of them."""
-    if kind == "llama":
+    num_layers = fields.take("num_hidden_layers", int, kind.num_hidden_layers)
+    if kind.sliding_window is None:
         return [None] * num_layers
-    default = None if fields.is_null("sliding_window") else DEFAULTS[kind].sliding_window
+    default = None if fields.is_null("sliding_window") else kind.sliding_window
     window = fields.maybe("sliding_window", int) or default
-    if kind == "mistral":
+    if kind.max_window_layers is None:
         return [window] * num_layers
-    first = fields.take("max_window_layers", int, {"qwen2": 28}.get(kind, 80))
+    first = fields.take("max_window_layers", int, kind.max_window_layers)
     if not fields.take("use_sliding_window", bool, False):
         window = None
-    kinds = fields.maybe("layer_types", list) or [
+    layer_types = fields.maybe("layer_types", list) or [
         "sliding_attention" if window is not None and index >= first else "full_attention"
         for index in range(num_layers)
     ]
-    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise ModelError(
-            f"config.json: layer_types is {kinds!r}, expected {num_layers} of 'full_attention' "
-            "and 'sliding_attention'",
-            hint="take config.json from the checkpoint's own repository",
+    known = {"full_attention", "sliding_attention"}
+    if len(layer_types) != num_layers or not set(layer_types) <= known:
+        raise fields.error(
+            f"layer_types is {layer_types!r}, expected {num_layers} of 'full_attention' and "
+            "'sliding_attention'"
         )
-    if window is None and "sliding_attention" in kinds:
+    if window is None and "sliding_attention" in layer_types:
         raise ModelError(
             "config.json: layer_types has 'sliding_attention', and there is no sliding window",
             hint="set sliding_window and use_sliding_window, or make these layers full",
         )
-    return [window if name == "sliding_attention" else None for name in kinds]
+    return [window if name == "sliding_attention" else None for name in layer_types]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
 from edgevlm.families.text import ACTIVATIONS
 from edgevlm.families.weights import Source, clip_layer, linear, norm, same
@@ -78,24 +77,20 @@ def encoder_spec(
     width = fields.take("hidden_size", int, kind.hidden_size)
     num_layers = fields.take("num_hidden_layers", int, 12)
     num_heads = fields.take("num_attention_heads", int, kind.num_attention_heads)
+    if width % num_heads:
+        raise fields.error(f"vision width {width} is not a multiple of {num_heads} heads")
+    for index in features:
+        if not -num_layers - 1 <= index <= num_layers:
+            raise fields.error(
+                f"vision_feature_layer is {index}, and the encoder has {num_layers} layers"
+            )
+    states = tuple(index % (num_layers + 1) for index in features)
     image_size = fields.take("image_size", int, 224)
     patch_size = fields.take("patch_size", int, kind.patch_size)
+    side = image_size // patch_size
     norm_spec = NormSpec(
         kind="layer", eps=fields.take("layer_norm_eps", float, kind.layer_norm_eps)
     )
-    if width % num_heads:
-        raise ModelError(
-            f"config.json: vision width {width} is not a multiple of {num_heads} heads",
-            hint="take config.json from the checkpoint's own repository",
-        )
-    for index in features:
-        if not -num_layers - 1 <= index <= num_layers:
-            raise ModelError(
-                f"config.json: vision_feature_layer is {index}, and the encoder has {num_layers} "
-                "layers",
-                hint="take config.json from the checkpoint's own repository",
-            )
-    states = tuple(index % (num_layers + 1) for index in features)
     layer = LayerSpec(
         mixer="attention",
         attention=AttentionSpec(
@@ -119,7 +114,8 @@ def encoder_spec(
         width=width,
         num_channels=fields.take("num_channels", int, 3),
         patch_size=patch_size,
-        grids=((image_size // patch_size, image_size // patch_size),),
+        grids=((side, side),),
+        image_size=image_size if image_size % patch_size else None,
         layers=(layer,) * max(states),
         position=kind.position,
         feature_layers=states,

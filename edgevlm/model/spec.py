@@ -108,7 +108,9 @@ class VisionSpec:
 
     `grids` are the patch grids it is built for: one for a fixed image size, one per vision graph
     for native resolution. `pixels` is the layout of one picture: `image` [C, H, W], or `patches`
-    [rows, C * temporal * patch * patch], in squares of `merge` x `merge` patches. `position` is
+    [rows, C * temporal * patch * patch], in squares of `merge` x `merge` patches. `image_size` is
+    the side of an `image` in pixels where that is not a whole number of patches; the patches start
+    at its top left corner and leave the rest out (384 pixels, 27 patches of 14). `position` is
     `learned` (a table of one row per patch, and one for the class token), `bucketed` (such a table,
     whose rows are found as transformers finds them for Idefics3) or `rotary` (2-D, in attention,
     with base `rotary_theta`). `window` is the side of a window in patches. `feature_layers` index
@@ -125,6 +127,7 @@ class VisionSpec:
     position: str
     feature_layers: tuple[int, ...]
     pixels: str = "image"
+    image_size: int | None = None
     patch_bias: bool = False
     class_token: bool = False
     drop_first_row: bool = False
@@ -156,6 +159,8 @@ class VisionSpec:
         height, width = grid
         if self.pixels == "patches":
             return height * width, self.patch_width
+        if self.image_size is not None:
+            return self.num_channels, self.image_size, self.image_size
         return self.num_channels, height * self.patch_size, width * self.patch_size
 
 

@@ -11,141 +11,17 @@ from edgevlm.families import family_of
 from edgevlm.families.generation import generation_spec
 from edgevlm.families.image_spec import ImageChoices
 from edgevlm.model.spec import VlmSpec
+from tests.edgevlm.families.published import (
+    LLAVA_15,
+    LLAVA_INTERLEAVE,
+    QWEN25_VL_3B,
+    QWEN25_VL_BOTH,
+    SMOLDOCLING,
+    SMOLVLM,
+    SMOLVLM2_2B,
+)
 
 GRIDS = ImageChoices(grids=((32, 32),))
-
-# As published: what is not said has the default of its class.
-LLAVA_15: dict[str, Any] = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "ignore_index": -100,
-    "image_token_index": 32000,
-    "model_type": "llava",
-    "pad_token_id": 32001,
-    "projector_hidden_act": "gelu",
-    "text_config": {
-        "_name_or_path": "lmsys/vicuna-7b-v1.5",
-        "architectures": ["LlamaForCausalLM"],
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "rms_norm_eps": 1e-05,
-        "torch_dtype": "float16",
-        "vocab_size": 32064,
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "transformers_version": "4.36.0.dev0",
-    "vision_config": {
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "model_type": "clip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "projection_dim": 768,
-        "vocab_size": 32000,
-    },
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "vocab_size": 32064,
-}
-# Flat: the text section's fields stand at the top.
-QWEN25_VL_3B: dict[str, Any] = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "vision_token_id": 151654,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 11008,
-    "max_position_embeddings": 128000,
-    "max_window_layers": 70,
-    "model_type": "qwen2_5_vl",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.41.2",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vision_config": {
-        "depth": 32,
-        "hidden_act": "silu",
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "in_chans": 3,
-        "out_hidden_size": 2048,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "tokens_per_second": 2,
-        "temporal_patch_size": 2,
-    },
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vocab_size": 151936,
-}
-SMOLVLM: dict[str, Any] = {
-    "architectures": ["Idefics3ForConditionalGeneration"],
-    "image_token_id": 49190,
-    "model_type": "idefics3",
-    "pad_token_id": 2,
-    "scale_factor": 4,
-    "text_config": {
-        "_attn_implementation_autoset": False,
-        "_flash_attn_2_enabled": True,
-        "head_dim": 64,
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "is_llama_config": True,
-        "max_position_embeddings": 8192,
-        "model_type": "llama",
-        "neftune_noise_alpha": 0.0,
-        "num_attention_heads": 15,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 5,
-        "pad_token_id": 2,
-        "perceiver_config": {"resampler_depth": 6, "resampler_n_heads": 16},
-        "pixel_shuffle_factor": 4,
-        "qk_layer_norms": False,
-        "rms_norm_eps": 1e-05,
-        "rope_interleaved": False,
-        "rope_theta": 100000,
-        "tie_word_embeddings": False,
-        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
-        "use_resampler": False,
-        "vocab_size": 49280,
-    },
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.0",
-    "use_cache": True,
-    "use_reentrant_checkpointing": False,
-    "vision_config": {
-        "hidden_size": 768,
-        "image_size": 512,
-        "max_image_size": {"longest_edge": 512},
-        "model_type": "idefics3",
-        "num_attention_heads": 12,
-        "patch_size": 16,
-        "size": {"longest_edge": 2048},
-        "tie_word_embeddings": False,
-        "use_base_siglip": False,
-    },
-    "vocab_size": 49280,
-}
 
 
 def read(config: dict[str, Any], choices: ImageChoices = GRIDS) -> VlmSpec:
@@ -212,6 +88,29 @@ def test_smolvlm_as_published() -> None:
     assert spec.decoder.layers[0].attention.num_kv_heads == 5
     assert spec.decoder.rope.inv_freq[1] == pytest.approx(100000 ** (-1 / 32), rel=1e-6)
     assert read(SMOLVLM | {"model_type": "smolvlm"}).family == "smolvlm"
+
+
+def test_pictures_that_are_not_whole_patches() -> None:
+    """27 patches of 14 leave 6 of 384 pixels out; the processor makes 384."""
+    for config, tokens in ((SMOLVLM2_2B, 81), (LLAVA_INTERLEAVE, 729)):
+        spec = read(config)
+        assert spec.vision.grids == ((27, 27),)
+        assert spec.vision.pixels_shape((27, 27)) == (3, 384, 384)
+        assert spec.image_tokens((27, 27)) == tokens
+    assert len(spec.vision.layers) == 26
+    assert spec.decoder.tied
+    assert spec.decoder.layers[0].attention.qkv_bias
+    assert spec.decoder.layers[0].attention.window is None
+
+
+def test_a_text_section_goes_before_its_copy_at_the_top() -> None:
+    assert read(QWEN25_VL_BOTH) == read(QWEN25_VL_3B)
+
+
+def test_a_config_with_the_defaults_of_generation_in_it() -> None:
+    spec = read(SMOLDOCLING)
+    assert (spec.decoder.width, len(spec.decoder.layers)) == (576, 30)
+    assert spec.image_tokens(spec.vision.grids[0]) == 64
 
 
 UNSUPPORTED = {

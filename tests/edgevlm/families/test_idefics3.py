@@ -42,10 +42,10 @@ CASES = {
         Idefics3ForConditionalGeneration,
         Idefics3Config(vision_config=VISION, text_config=TEXT, scale_factor=2),
     ),
-    "smolvlm, tied, mqa, shuffle by 4": (
+    "smolvlm of 4 3/4 patches, tied, mqa, shuffle by 4": (
         SmolVLMForConditionalGeneration,
         SmolVLMConfig(
-            vision_config=VISION,
+            vision_config=VISION | {"image_size": 38},
             text_config=TEXT | {"num_key_value_heads": 1, "head_dim": 32},
             scale_factor=4,
             tie_word_embeddings=True,

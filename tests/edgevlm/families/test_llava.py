@@ -58,8 +58,8 @@ CASES = {
     "clip, llama": LlavaConfig(
         vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT)
     ),
-    "siglip, qwen2, tied, full": LlavaConfig(
-        vision_config=SiglipVisionConfig(**CLIP),
+    "siglip of 4 1/4 patches, qwen2, tied, full": LlavaConfig(
+        vision_config=SiglipVisionConfig(**CLIP | {"image_size": 34}),
         text_config=Qwen2Config(**TEXT, tie_word_embeddings=True),
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
@@ -107,10 +107,10 @@ CASES = {
 }
 
 
-def prompt(num_image_tokens: int, seed: int) -> Prompt:
+def prompt(num_image_tokens: int, size: int, seed: int) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, 80, (12,), generator=torch.Generator().manual_seed(7))
-    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    pixels = torch.randn(2, 3, size, size, generator=generator)
     image = torch.full((num_image_tokens,), IMAGE_TOKEN)
     token_ids = torch.cat([words[:3], image, words[3:7], image, words[7:]])
     return Prompt(
@@ -127,7 +127,8 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
     config.image_token_index = IMAGE_TOKEN
     num_tokens = 17 if "CLIP" in type(config.vision_config).__name__ else 16
     num_tokens -= config.vision_feature_select_strategy == "default"
-    pair = prompt(num_tokens, seed=2), prompt(num_tokens, seed=3)
+    size = config.vision_config.image_size
+    pair = prompt(num_tokens, size, seed=2), prompt(num_tokens, size, seed=3)
     theirs = worthy(LlavaForConditionalGeneration(config), [pair])
     ours = saved_and_loaded(theirs, tmp_path)
     assert ours.spec.image_tokens((4, 4)) == num_tokens
