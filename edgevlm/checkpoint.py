@@ -21,6 +21,8 @@ from edgevlm.families.generation import generation_spec
 from edgevlm.families.image_spec import ImageChoices, image_spec
 from edgevlm.families.text_spec import text_spec
 from edgevlm.model.spec import VlmSpec
+from edgevlm_runtime.errors import BundleError
+from edgevlm_runtime.text import load_tokenizer
 
 if TYPE_CHECKING:
     from edgevlm.model.vlm import Vlm
@@ -34,6 +36,8 @@ RANDOM = "random_weights.json"
 # Keys that make transformers run code of the repository, or fetch a kernel.
 CODE_KEYS = re.compile(r"auto_map|trust_remote_code|_?(attn|experts)_implementation.*")
 HARMLESS_KEYS = frozenset({"_attn_implementation_autoset"})
+
+OWN_REPOSITORY = "take it from the checkpoint's own repository"
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -92,17 +96,18 @@ class Checkpoint:
         return _parse(name, self.files[name]) if name in self.files else None
 
     def _check_tokenizer(self, spec: VlmSpec) -> None:
-        """Refuse a tokenizer with more tokens than the embedding has rows."""
-        tokenizer = self.json("tokenizer.json")
-        if tokenizer is None:
+        """Refuse a tokenizer that is none, or with more tokens than the embedding has rows."""
+        if "tokenizer.json" not in self.files:
             raise ModelError(
                 f"{self.source} has no tokenizer.json",
                 hint="save a fast tokenizer beside the model: tokenizer.save_pretrained(folder)",
             )
-        vocabulary = tokenizer.get("model", {}).get("vocab", {})
-        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-        ids += [token["id"] for token in tokenizer.get("added_tokens", ())]
-        largest, num_rows = max(ids, default=-1), spec.decoder.vocab_size
+        try:
+            tokenizer = load_tokenizer(self.files["tokenizer.json"])
+        except BundleError as error:
+            raise ModelError(error.message, hint=OWN_REPOSITORY) from error
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        num_rows = spec.decoder.vocab_size
         if largest >= num_rows:
             raise ModelError(
                 f"tokenizer.json has token id {largest}, and the embedding has {num_rows} rows",
@@ -137,7 +142,9 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     files = {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
-        if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json")
+        if path.suffix in (".json", ".jinja")
+        and path.is_file()
+        and not path.name.endswith(".index.json")
     }
     if "config.json" not in files:
         raise ModelError(
@@ -219,13 +226,11 @@ def _parse(name: str, content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{name} is not JSON: {error}", hint="take it from the checkpoint's own repository"
-        ) from error
+        raise ModelError(f"{name} is not JSON: {error}", hint=OWN_REPOSITORY) from error
     if not isinstance(value, dict):
         raise ModelError(
             f"{name} is a JSON {type(value).__name__}, expected an object",
-            hint="take it from the checkpoint's own repository",
+            hint=OWN_REPOSITORY,
         )
     return value
 
@@ -269,7 +274,7 @@ def _seed(files: Mapping[str, bytes]) -> int | None:
 
 def _shards(folder: Path, source: str, *, drawn: bool) -> tuple[Path, ...]:
     """The weight files, all of them there."""
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if drawn:
         if found:
             raise ModelError(
@@ -282,7 +287,7 @@ def _shards(folder: Path, source: str, *, drawn: bool) -> tuple[Path, ...]:
         if not isinstance(named, dict):
             raise ModelError(
                 f"{INDEX} has no 'weight_map'",
-                hint="take it from the checkpoint's own repository",
+                hint=OWN_REPOSITORY,
             )
         names = sorted({str(name) for name in named.values()})
         for name in names:

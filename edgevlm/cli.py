@@ -27,6 +27,17 @@ EXIT_CODES = """Exit codes:
 5 a damaged bundle;
 6 memory, disk, or a lock;
 130 interrupted."""
+_NO_SPACE = ("no space left for", "free some space")
+_NO_PERMISSION = ("no permission for", "change its permissions, or choose another place")
+REFUSALS = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
+    errno.EROFS: _NO_PERMISSION,
+}
+"""What a file system refuses, and is no bug: the clause and the remedy."""
+
 USAGE = 2
 INTERRUPTED = 130
 
@@ -75,10 +86,11 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in REFUSALS:
             raise
-        full = ResourceError(f"no space left for {error.filename!r}", hint="free some space")
-        return _report(error, full, show_traceback)
+        clause, hint = REFUSALS[error.errno]
+        refused = ResourceError(f"{clause} {error.filename!r}", hint=hint)
+        return _report(error, refused, show_traceback)
     except Exception as error:
         # Usage errors: typer has them from click, or from a copy of it, by version.
         if not hasattr(error, "format_message"):

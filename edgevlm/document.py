@@ -120,39 +120,14 @@ class Document:
         return RecipeError(message, hint=hint, path=self.path, line=place[0], column=place[1])
 
     def _explain(self, detail: ErrorDetails) -> RecipeError:
-        where, kind, facts = detail["loc"], detail["type"], detail.get("ctx", {})
-        name, got = ".".join(str(key) for key in where), show(detail["input"])
-        if kind == "value_error" and isinstance(facts["error"], Complaint):
-            complaint = facts["error"]
-            if complaint.key is not None:
-                key = (*where, complaint.key)
-                place = self.keys[key]
-                return self._error(complaint.message, place, complaint.hint)
+        where = detail["loc"]
+        complaint = detail.get("ctx", {}).get("error")
+        if not isinstance(complaint, Complaint):
+            message, hint = _clause(detail)
+            return self.error(message, *where, hint=hint)
+        if complaint.key is None:
             return self.error(complaint.message, *where, hint=complaint.hint)
-        hint = None
-        if kind == "missing":
-            message = f"missing key {str(where[-1])!r}"
-            if isinstance(where[-1], int):
-                message = f"{name.rpartition('.')[0]} has no item {where[-1] + 1}"
-        elif kind == "literal_error":
-            choices = facts["expected"].replace(" or ", ", ")
-            message = f"{name} must be one of {choices}, got {got}"
-            hint = nearest(
-                str(detail["input"]), [choice.strip("'") for choice in choices.split(", ")]
-            )
-        elif kind in _EXPECTED:
-            message = f"{name} must be {_EXPECTED[kind]}, got {got}"
-        elif kind in _LIMITS:
-            fact, words = _LIMITS[kind]
-            message = f"{name} must be {words} {facts[fact]}, got {got}"
-        elif kind in _LENGTHS:
-            fact, words = _LENGTHS[kind]
-            message = (
-                f"{name} must have a length {words} {facts[fact]}, got {facts['actual_length']}"
-            )
-        else:
-            message = f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {got}"
-        return self.error(message, *where, hint=hint)
+        return self._error(complaint.message, self.keys[(*where, complaint.key)], complaint.hint)
 
 
 def read(path: Path) -> Document:
@@ -161,14 +136,18 @@ def read(path: Path) -> Document:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise RecipeError(
-                f"the file has {size:,} bytes, at most {MAX_BYTES:,} are read", path=path
+                f"the file has {size:,} bytes, at most {MAX_BYTES:,} are read",
+                path=path,
+                hint="name a YAML file that a person wrote",
             )
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"byte {error.start} is not UTF-8", path=path) from None
+        raise RecipeError(
+            f"byte {error.start} is not UTF-8", path=path, hint="save the file as UTF-8"
+        ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise RecipeError(reason, path=path, hint=_neighbours(path)) from None
+        raise RecipeError(reason, path=path, hint=_elsewhere(path)) from None
     return parse_text(text, path)
 
 
@@ -191,7 +170,11 @@ def parse_text(text: str, path: Path) -> Document:
         raise RecipeError(f"not YAML: {str(error).splitlines()[0].strip()}", path=path) from None
     if not isinstance(data, dict):
         raise RecipeError(
-            f"the file must be a mapping, got {show(data)}", path=path, line=1, column=1
+            f"the file must be a mapping, got {show(data)}",
+            path=path,
+            line=1,
+            column=1,
+            hint="write one 'key: value' on a line",
         )
     return Document(path=path, data=data, keys=builder.keys, values=builder.values)
 
@@ -268,11 +251,13 @@ class _Builder:
         while not isinstance(event := next(self._events), MappingEndEvent):
             key = self._value(event, keys) if isinstance(event, ScalarEvent) else ()
             if not isinstance(key, str):
-                raise self._error(event, f"a key must be a string, got {show(key)}")
+                clause = f"a key must be a string, got {show(key)}"
+                raise self._error(event, clause, hint="put it in quotes")
             inner = (*keys, key)
             if key in values:
                 line = self.keys[inner][0]
-                raise self._error(event, f"duplicate key {key!r}, first at line {line}")
+                clause = f"duplicate key {key!r}, first at line {line}"
+                raise self._error(event, clause, hint="keep one of them")
             self.keys[inner] = _place(event)
             values[key] = self._value(next(self._events), inner)
         return values
@@ -295,6 +280,30 @@ class _Builder:
         return RecipeError(message, hint=hint, path=self._path, line=line, column=column)
 
 
+def _clause(detail: ErrorDetails) -> tuple[str, str | None]:
+    """What pydantic found wrong, in our words, and the remedy where the clause does not say it."""
+    where, kind, facts = detail["loc"], detail["type"], detail.get("ctx", {})
+    name, got = ".".join(str(key) for key in where), show(detail["input"])
+    if kind == "missing":
+        if isinstance(where[-1], int):
+            return f"{name.rpartition('.')[0]} has no item {where[-1] + 1}", None
+        return f"missing key {where[-1]!r}", f"add '{where[-1]}: ...'"
+    if kind == "literal_error":
+        choices = facts["expected"].replace(" or ", ", ")
+        hint = nearest(str(detail["input"]), [choice.strip("'") for choice in choices.split(", ")])
+        return f"{name} must be one of {choices}, got {got}", hint
+    if kind in _EXPECTED:
+        return f"{name} must be {_EXPECTED[kind]}, got {got}", None
+    if kind in _LIMITS:
+        fact, words = _LIMITS[kind]
+        return f"{name} must be {words} {facts[fact]}, got {got}", None
+    if kind in _LENGTHS:
+        fact, words = _LENGTHS[kind]
+        length = facts["actual_length"]
+        return f"{name} must have a length {words} {facts[fact]}, got {length}", None
+    return f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {got}", None
+
+
 def _is_echo(detail: ErrorDetails) -> bool:
     """Whether a list counts as too short only because its items were refused."""
     facts = detail.get("ctx", {})
@@ -305,8 +314,13 @@ def _place(event: Event) -> Place:
     return event.start_mark.line + 1, event.start_mark.column + 1
 
 
-def _neighbours(path: Path) -> str | None:
-    """The hint for a file that is not there: one beside it with nearly the same name."""
-    if path.exists() or not path.parent.is_dir():
-        return None
-    return nearest(str(path), [str(neighbour) for neighbour in path.parent.iterdir()])
+def _elsewhere(path: Path) -> str:
+    """The hint for a file that cannot be read: which one could be meant."""
+    if path.is_dir():
+        return "name a YAML file in it"
+    if path.exists():
+        return "make it readable"
+    if not path.parent.is_dir():
+        return f"name a YAML file; there is no folder {str(path.parent)!r}"
+    files = [file.name for file in sorted(path.parent.glob("[!.]*.yaml"))]
+    return suggest(path.name, files) or "name a YAML file"

@@ -6,6 +6,7 @@ killed process left beside the place is removed by the next one, which holds the
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def publishing(out: Path) -> Iterator[Path]:
     publishing there, or where `out` is something that is not a bundle of ours.
     """
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(out)
     _refuse_foreign(out)
     lock_path = out.with_name(f".{out.name}.lock")
     owner_path = out.with_name(f".{out.name}.owner")
@@ -40,10 +41,9 @@ def publishing(out: Path) -> Iterator[Path]:
         ) from None
     try:
         owner_path.write_text(f"{os.getpid()}\n")
-        for leftover in out.parent.glob(f".{out.name}.staging-*"):
-            shutil.rmtree(leftover)
-        for leftover in out.parent.glob(f".{out.name}.replaced-*"):
-            shutil.rmtree(leftover)
+        for kind in ("staging", "replaced"):
+            for leftover in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+                shutil.rmtree(leftover)
         staging = out.with_name(f".{out.name}.staging-{os.getpid()}")
         staging.mkdir()
         try:
@@ -54,19 +54,24 @@ def publishing(out: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
     finally:
         owner_path.unlink(missing_ok=True)
-        lock.release()
+        # While the lock is held: whoever opened the file meanwhile finds it gone, and tries again.
         lock_path.unlink(missing_ok=True)
+        lock.release()
 
 
 def sync(folder: Path) -> None:
     """Flush every file and folder below to the disk, so that the rename comes after its content."""
     for root, _, names in os.walk(folder):
         for name in [*names, "."]:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _flush(Path(root, name))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(staging: Path, out: Path) -> None:
@@ -80,11 +85,17 @@ def _replace(staging: Path, out: Path) -> None:
             os.rename(replaced, out)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-    sync_folder = os.open(out.parent, os.O_RDONLY)
+    _flush(out.parent)
+
+
+def _make_parents(out: Path) -> None:
     try:
-        os.fsync(sync_folder)
-    finally:
-        os.close(sync_folder)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ResourceError(
+            f"the folder {str(out.parent)!r} cannot be made: a file is in its place",
+            hint="choose another output folder",
+        ) from None
 
 
 def _refuse_foreign(out: Path) -> None:

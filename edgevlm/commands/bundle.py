@@ -11,6 +11,7 @@ from edgevlm.commands.output import mebibytes, shape, table
 from edgevlm.commands.plan import show_decisions
 from edgevlm.solve import Decision
 from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.errors import BundleError
 from edgevlm_runtime.manifest import Variant
 
 __all__ = ["bundle_document", "show_bundle", "show_evidence"]
@@ -66,8 +67,23 @@ def bundle_document(bundle: Bundle) -> dict[str, Any]:
 
 
 def show_bundle(bundle: Bundle, out: Console) -> None:
-    """Print what a bundle holds, and the evidence for it."""
-    manifest, provenance = bundle.manifest, bundle.manifest.provenance
+    """Print what a bundle holds, and the evidence for it.
+
+    Raises BundleError where the provenance, which a runtime does not read and so does not check,
+    is not as a compile writes it.
+    """
+    _show_contents(bundle, out)
+    try:
+        _show_provenance(bundle.manifest.provenance, out)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            "provenance in manifest.json is not as a compile writes it",
+            hint="compile the bundle again, a manifest is not edited by hand",
+        ) from error
+
+
+def _show_contents(bundle: Bundle, out: Console) -> None:
+    manifest = bundle.manifest
     size = sum(entry.size for entry in manifest.files.values())
     model = manifest.model
     revision = f" at {model.revision}" if model.revision else ""
@@ -80,6 +96,9 @@ def show_bundle(bundle: Bundle, out: Console) -> None:
         out.print()
         mark = " (default)" if name == manifest.default_variant else ""
         _show_variant(f"variant {name}{mark}", variant, out)
+
+
+def _show_provenance(provenance: Mapping[str, Any], out: Console) -> None:
     if provenance.get("changes"):
         out.print()
         changes = table("changes", "pass", "sites", "skipped", "measures")

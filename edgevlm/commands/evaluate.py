@@ -41,7 +41,11 @@ def eval_command(path: Path, options: EvalOptions, *, as_json: bool, quiet: bool
     """Measure a bundle and show the figures."""
     if options.against not in (None, *REFEREES):
         raise InputError(f"--against {options.against!r} is not known", hint="use --against hf")
+    if options.checkpoint is not None and options.against is None:
+        raise InputError("--checkpoint is given without --against", hint="add --against hf")
     bundle = Bundle.open(path, options.variant)
+    # Every file, those that this variant does not read included, before any figure is shown.
+    bundle.check()
     referee = None
     if options.against is not None:
         referee = options.checkpoint or find_checkpoint(bundle)
@@ -139,6 +143,8 @@ def find_checkpoint(bundle: Bundle) -> Path:
 
 def check_checkpoint(bundle: Bundle, folder: Path) -> None:
     """Refuse a checkpoint whose small files are not those in the bundle."""
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {str(folder)!r}", hint="name the checkpoint's folder")
     # The tokenizer is not among them: a bundle has it as transformers runs it.
     for name in sorted(COPIED.intersection(bundle.files)):
         path = folder / name

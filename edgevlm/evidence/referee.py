@@ -141,18 +141,21 @@ def reference_model(checkpoint: Checkpoint, spec: VlmSpec) -> Any:
     """The checkpoint's class from transformers, in float32, on the CPU.
 
     A checkpoint whose weights are drawn has no file to load: the class gets views of the weights
-    of our model of this spec.
+    of our model of this spec. Raises ModelError where the weights are not those of the config.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
+    # Ours first: it refuses weights that are missing or broken, where transformers draws new ones.
+    ours = load(checkpoint, spec)
     if checkpoint.seed is None:
+        del ours
         return AutoModelForImageTextToText.from_pretrained(
             checkpoint.folder, dtype=torch.float32, local_files_only=True
         ).eval()
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    weights = dict(reference_weights(load(checkpoint, spec), checkpoint.family.weights(spec)))
+    weights = dict(reference_weights(ours, checkpoint.family.weights(spec)))
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         raise ModelError(

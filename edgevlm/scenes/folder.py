@@ -26,8 +26,14 @@ def folder_samples(path: Path) -> list[Sample]:
     file = path / FOLDER_FILE if path.is_dir() else path
     if not file.is_file():
         raise RecipeError("no such file", hint=f"name a folder with a {FOLDER_FILE}", path=file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"byte {error.start} is not UTF-8", hint="save the file as UTF-8", path=file
+        ) from None
     samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             samples.append(_read_line(line, _Place(file, number)))
     if not samples:

@@ -165,6 +165,11 @@ def test_eval_scores_and_compares(
 def test_eval_refuses_another_checkpoint(
     workshop: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    missing = tmp_path / "missing"
+    assert run(["eval", str(bundle), "--against", "hf", "--checkpoint", str(missing)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: there is no folder {str(missing)!r}\n  hint: name the checkpoint's folder\n"
+    )
     (tmp_path / "config.json").write_text("{}")
     other = ("--against", "hf", "--checkpoint", str(tmp_path))
     assert run(["eval", str(bundle), *other]) == 2
@@ -212,6 +217,57 @@ def test_inspect_refuses_an_altered_bundle(
         file.write(" ")
     assert run(["inspect", str(copy)]) == 5
     assert "tokenizer.json" in capsys.readouterr().err
+
+
+def test_an_altered_weight_is_refused_before_any_figure(
+    bundle: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    weights = bytearray((copy / "weights.bin").read_bytes())
+    weights[-10] ^= 1
+    (copy / "weights.bin").write_bytes(weights)
+    for arguments in (
+        ["eval", str(copy), "--data", str(samples), "--limit", "1"],
+        ["run", str(copy), QUESTION],
+        ["inspect", str(copy)],
+    ):
+        assert run(arguments) == 5
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: file 'weights.bin' was altered: sha256 ")
+        assert captured.err.endswith("\n  hint: copy or compile the bundle again\n")
+
+
+def test_provenance_of_another_shape_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for provenance in ({"changes": 3}, {"decisions": [{"a": 1}]}, {"evidence": {"samples": {}}}):
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "provenance": provenance}))
+        assert run(["inspect", str(copy)]) == 5
+        assert capsys.readouterr().err == (
+            "error: provenance in manifest.json is not as a compile writes it\n"
+            "  hint: compile the bundle again, a manifest is not edited by hand\n"
+        )
+
+
+def test_broken_weights_are_refused_before_the_reference_reads_them(
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workshop / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"")
+    shutil.copy(workshop / "recipe.yaml", tmp_path / "recipe.yaml")
+    out = tmp_path / "bundle"
+    assert run(["compile", str(tmp_path / "recipe.yaml"), "--out", str(out), "--quiet"]) == 2
+    assert capsys.readouterr().err == (
+        "error: model.safetensors is not a whole safetensors file: "
+        "Error while deserializing header: header too small\n"
+        "  hint: download the checkpoint again, all of it\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "tiny"]
 
 
 def test_compile_prints_one_document(

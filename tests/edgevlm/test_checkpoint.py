@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from edgevlm.checkpoint import load, open_checkpoint
@@ -32,8 +34,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("original")
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 30}]}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1, "<image>": 30}))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -287,13 +290,32 @@ def test_a_folder_of_neither_or_both_is_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_tokenizers_larger_than_the_embedding_are_refused(folder: Path) -> None:
-    edit_json(folder / "tokenizer.json", lambda content: content["added_tokens"].append({"id": 40}))
+    edit_json(folder / "tokenizer.json", lambda content: content["model"]["vocab"].update(c=40))
     with pytest.raises(ModelError) as error:
         open_checkpoint(str(folder)).spec()
     assert str(error.value) == (
         "tokenizer.json has token id 40, and the embedding has 40 rows\n"
         "  hint: take the tokenizer of this checkpoint, or resize the embedding"
     )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": 3}', '{"added_tokens": [{"x": 1}]}'])
+def test_what_is_no_tokenizer_is_refused(content: str, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError) as error:
+        open_checkpoint(str(folder)).spec()
+    message, hint = str(error.value).splitlines()
+    assert message.startswith("tokenizer.json cannot be read: ")
+    assert hint == "  hint: take it from the checkpoint's own repository"
+
+
+def test_a_folder_in_the_place_of_a_file_is_no_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert refusal(folder).startswith(f"{folder} has no weights\n")
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert refusal(folder).startswith(f"{folder} has no config.json\n")
 
 
 def test_sources_that_are_no_checkpoint(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["plan", "nowhere/x.yaml"],
-            "error: nowhere/x.yaml: no such file or directory\n",
+            "error: nowhere/x.yaml: no such file or directory\n"
+            "  hint: name a YAML file; there is no folder 'nowhere'\n",
         ),
         (
             ["devices", "host-cp"],
@@ -73,6 +74,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["eval", "x", "--against", "gguf"],
             "error: --against 'gguf' is not known\n  hint: use --against hf\n",
+        ),
+        (
+            ["eval", "x", "--checkpoint", "y"],
+            "error: --checkpoint is given without --against\n  hint: add --against hf\n",
         ),
     ],
 )
@@ -107,6 +112,12 @@ def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:
             OSError(errno.ENOSPC, "No space left on device", "build/x"),
             6,
             "error: no space left for 'build/x'\n  hint: free some space\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+            6,
+            "error: no permission for '/root/x'\n"
+            "  hint: change its permissions, or choose another place\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -150,10 +161,10 @@ def test_a_bug_exits_with_1() -> None:
 
 
 def test_traceback_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = printed(capsys, "--traceback", "plan", "nowhere.yaml")
+    code, _, err = printed(capsys, "--traceback", "plan", "no/x.yaml")
     assert code == 2
     assert err.startswith("Traceback")
-    assert err.endswith("error: nowhere.yaml: no such file or directory\n")
+    assert err.endswith("\n  hint: name a YAML file; there is no folder 'no'\n")
 
 
 def test_ctrl_c_ends_with_130() -> None:

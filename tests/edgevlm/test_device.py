@@ -86,7 +86,7 @@ def test_host_cpu_says_what_was_measured() -> None:
         (
             "value: 24, unit: GiB, kind: measured, source: machine",
             "value: 24, unit: GiB, kind: measured",
-            "17:13: missing key 'source'",
+            "17:13: missing key 'source'\n  hint: add 'source: ...'",
         ),
         (
             "source: machine}",

@@ -64,6 +64,16 @@ def test_a_killed_process_leaves_no_folder_and_the_next_one_cleans_up(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError) as error:
+        _publish(tmp_path / "file" / "below" / "bundle", "one")
+    assert str(error.value) == (
+        f"the folder {str(tmp_path / 'file' / 'below')!r} cannot be made: a file is in its place\n"
+        "  hint: choose another output folder"
+    )
+
+
 def test_a_second_writer_is_refused_and_told_who_is_at_work(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     with publishing(out) as staging:

@@ -16,6 +16,8 @@ from edgevlm.recipe import json_schema, load_recipe, parse_recipe
 from edgevlm.resources import recipe_files
 
 MINIMAL = "model: owner/name\ndevice: host-cpu\n"
+IN_QUOTES = "\n  hint: put it in quotes"
+A_MAPPING = "\n  hint: write one 'key: value' on a line"
 
 
 def complaint(text: str) -> str:
@@ -76,7 +78,7 @@ def test_dump_reads_back() -> None:
             "modle: a/b\ndevice: host-cpu\n",
             "recipe.yaml:1:1: unknown key 'modle'\n  hint: did you mean 'model'?",
         ),
-        ("device: host-cpu\n", "recipe.yaml:1:1: missing key 'model'"),
+        ("device: host-cpu\n", "recipe.yaml:1:1: missing key 'model'\n  hint: add 'model: ...'"),
         (
             MINIMAL + "image:\n  splt: true\n",
             "recipe.yaml:4:3: unknown key 'splt'\n  hint: did you mean 'split'?",
@@ -151,7 +153,7 @@ def test_dump_reads_back() -> None:
         ),
         (
             MINIMAL + "device: host-cpu\n",
-            "recipe.yaml:3:1: duplicate key 'device', first at line 2",
+            "recipe.yaml:3:1: duplicate key 'device', first at line 2\n  hint: keep one of them",
         ),
         (
             "model: &m a/b\ndevice: *m\n",
@@ -165,10 +167,10 @@ def test_dump_reads_back() -> None:
             MINIMAL + "seed: !!python/name:os.system 1\n",
             "recipe.yaml:3:7: tag '!!python/name:os.system' is not read\n  hint: remove the tag",
         ),
-        (MINIMAL + "1: 2\n", "recipe.yaml:3:1: a key must be a string, got 1"),
-        (MINIMAL + "[1]: 2\n", "recipe.yaml:3:1: a key must be a string, got a list"),
-        ("", "recipe.yaml:1:1: the file must be a mapping, got nothing"),
-        ("- model\n", "recipe.yaml:1:1: the file must be a mapping, got a list"),
+        (MINIMAL + "1: 2\n", "recipe.yaml:3:1: a key must be a string, got 1" + IN_QUOTES),
+        (MINIMAL + "[1]: 2\n", "recipe.yaml:3:1: a key must be a string, got a list" + IN_QUOTES),
+        ("", "recipe.yaml:1:1: the file must be a mapping, got nothing" + A_MAPPING),
+        ("- model\n", "recipe.yaml:1:1: the file must be a mapping, got a list" + A_MAPPING),
         (MINIMAL + "---\na: 1\n", "recipe.yaml:3:1: a second document in one file"),
         (
             MINIMAL + "\tseed: 1\n",
@@ -257,19 +259,35 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(absent)
     assert str(caught.value) == (
-        f"{absent}: no such file or directory\n  hint: did you mean {str(there)!r}?"
+        f"{absent}: no such file or directory\n  hint: did you mean 'quickstart.yaml'?"
     )
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: is a directory"
+    assert str(caught.value) == f"{tmp_path}: is a directory\n  hint: name a YAML file in it"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "zebra.yaml")
+    assert str(caught.value) == (
+        f"{tmp_path / 'zebra.yaml'}: no such file or directory\n"
+        "  hint: choose from 'quickstart.yaml'"
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(empty / "a.yaml")
+    assert str(caught.value) == (
+        f"{empty / 'a.yaml'}: no such file or directory\n  hint: name a YAML file"
+    )
     there.write_bytes(b"model: \xff\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(there)
-    assert str(caught.value) == f"{there}: byte 7 is not UTF-8"
+    assert str(caught.value) == f"{there}: byte 7 is not UTF-8\n  hint: save the file as UTF-8"
     there.write_bytes(b"#" * (MAX_BYTES + 1))
     with pytest.raises(RecipeError) as caught:
         load_recipe(there)
-    assert str(caught.value) == f"{there}: the file has 1,048,577 bytes, at most 1,048,576 are read"
+    assert str(caught.value) == (
+        f"{there}: the file has 1,048,577 bytes, at most 1,048,576 are read\n"
+        "  hint: name a YAML file that a person wrote"
+    )
 
 
 def test_committed_schema_is_in_step(root: Path) -> None:

@@ -106,6 +106,15 @@ def test_nothing_to_read(folder: Path) -> None:
     assert str(caught.value) == f"{file}: there are no samples\n  hint: {LINE_HINT}"
 
 
+def test_text_of_another_encoding(folder: Path) -> None:
+    (folder / "samples.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(RecipeError) as caught:
+        folder_samples(folder)
+    assert str(caught.value) == (
+        f"{folder / 'samples.jsonl'}: byte 0 is not UTF-8\n  hint: save the file as UTF-8"
+    )
+
+
 def test_second_line_is_named(folder: Path) -> None:
     good = '{"image": "a.png", "question": "What?", "answer": "a cat"}'
     file = _write(folder, good, "", '{"image": "c.png", "question": "q", "answer": "a"}')
