@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgevlm.model.norms import HeadNorm
 from edgevlm.model.spec import AttentionSpec
-from edgevlm_export.ops import attention, cached_attention, masked_attention, rotary
+from edgevlm_export.ops import attention, cached_attention, causal_mask, masked_attention, rotary
 
 
 class KeySource(Protocol):
@@ -48,7 +48,7 @@ class FullCache:
         heads = spec.num_heads, spec.num_kv_heads
         if spec.window is None:
             return attention(q, k, v, *heads, spec.scale, causal=True)
-        mask = window_mask(q.shape[1], spec.window)
+        mask = causal_mask(q.shape[1], k.shape[1], spec.window)[None, None]
         return attention(q, k, v, *heads, spec.scale, mask=mask)
 
 
@@ -134,9 +134,3 @@ def unpacked(
         return q, k, v
     q, k, v = torch.split(q, [spec.q_width, spec.kv_width, spec.kv_width], dim=-1)
     return q, k, v
-
-
-def window_mask(num_rows: int, window: int) -> Tensor:
-    """Additive mask [1, 1, T, T]: a row sees itself and the `window - 1` rows before it."""
-    allowed = torch.ones(num_rows, num_rows, dtype=torch.bool).tril().triu(1 - window)
-    return torch.zeros(num_rows, num_rows).masked_fill(~allowed, -torch.inf)[None, None]

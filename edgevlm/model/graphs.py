@@ -17,10 +17,8 @@ from edgevlm.model.plans import delta_plan, inplace_plan, num_logit_rows, vision
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.vision import GridTables, grid_tables
 from edgevlm.model.vlm import Vlm
+from edgevlm_export.ops import CLOSED, causal_mask
 from edgevlm_export.plan import GraphPlan
-
-# Closed columns of an additive mask: -inf would make a fully closed padding row NaN.
-MASK_VALUE = -60000.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,9 +143,9 @@ def delta_step(model: Vlm, capacity: int, num_rows: int) -> ModelGraph:
     plan = delta_plan(model.spec, capacity, num_rows)
     used = min(2, capacity)
     embeds, cos, sin, past = _step_examples(model, plan, num_rows, used)
-    mask = torch.full((num_rows, capacity + num_rows), MASK_VALUE)
+    mask = torch.full((num_rows, capacity + num_rows), CLOSED)
     mask[:, :used] = 0.0
-    mask[:, capacity:] = torch.full((num_rows, num_rows), MASK_VALUE).triu(1)
+    mask[:, capacity:] = causal_mask(num_rows, num_rows, closed=CLOSED)
     wanted = torch.arange(num_rows)[-num_logit_rows(num_rows) :]
     examples = (embeds, cos, sin, mask[None, None], wanted, *past)
     return ModelGraph(module=DeltaStep(model).eval(), plan=plan, examples=examples)

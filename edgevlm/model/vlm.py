@@ -14,7 +14,7 @@ from edgevlm.model.projector import build_projector
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.spec import AttentionSpec, DecoderSpec, VlmSpec
 from edgevlm.model.vision import Vision, grid_tables
-from edgevlm_export.ops import logits
+from edgevlm_export.ops import causal_mask, logits
 
 
 class Head(nn.Linear):
@@ -105,8 +105,8 @@ class Vlm(nn.Module):
             used, new = past[0][0].shape[2], rows.shape[1]
             keys = []
             for layer, (key, value) in zip(layers, past, strict=True):
-                mask = _continuation_mask(used, new, layer.attention.window)
-                keys.append(DeltaCache(key, value, mask, cos, sin))
+                mask = causal_mask(new, used + new, layer.attention.window or 0)
+                keys.append(DeltaCache(key, value, mask[None, None], cos, sin))
             logits = self.decoder(rows, keys, torch.tensor([new - 1]))[0, 0]
             past = [
                 (torch.cat([old_key, source.key], 2), torch.cat([old_value, source.value], 2))
@@ -147,11 +147,3 @@ def _no_rows(spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Keys and values of no rows."""
     shape = (1, spec.num_kv_heads, 0, spec.head_dim)
     return torch.zeros(shape), torch.zeros(shape)
-
-
-def _continuation_mask(used: int, new: int, window: int | None) -> Tensor:
-    """Additive mask [1, 1, new, used + new]: causal, within the window where there is one."""
-    allowed = torch.ones(new, used + new, dtype=torch.bool).tril(used)
-    if window is not None:
-        allowed = allowed.triu(used - window + 1)
-    return torch.zeros(new, used + new).masked_fill(~allowed, -torch.inf)[None, None]

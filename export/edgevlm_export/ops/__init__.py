@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from edgevlm_export.ops.activate import ACTIVATIONS, Activation, activate
+from edgevlm_export.ops.activate import ACTIVATIONS, activate
 from edgevlm_export.ops.attention import attention
 from edgevlm_export.ops.cached_attention import cached_attention
 from edgevlm_export.ops.gated import gated
+from edgevlm_export.ops.heads import CLOSED, causal_mask
 from edgevlm_export.ops.layer_norm import layer_norm
 from edgevlm_export.ops.logits import logits
 from edgevlm_export.ops.masked_attention import masked_attention
@@ -14,10 +15,11 @@ from edgevlm_export.ops.rotary import rotary
 
 __all__ = [
     "ACTIVATIONS",
-    "Activation",
+    "CLOSED",
     "activate",
     "attention",
     "cached_attention",
+    "causal_mask",
     "gated",
     "layer_norm",
     "logits",

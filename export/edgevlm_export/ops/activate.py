@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm_export.emit import Emitter
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute
+from edgevlm_export.ops.op import MICROSOFT, Op, attribute, torch_op
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
-ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -26,25 +22,10 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(kind: str) -> Callable[[Tensor], Tensor]:
-    """The torch function of an activation's name."""
-    return _FUNCTIONS[kind]
-
-
-@torch.library.custom_op("edgevlm::activate", mutates_args=())
-def _activate(x: Tensor, kind: str) -> Tensor:
-    return activation(kind)(x)
-
-
-@_activate.register_fake
-def _(x: Tensor, kind: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-def activate(x: Tensor, kind: Activation) -> Tensor:
-    """Apply one activation, elementwise."""
-    out: Tensor = _activate(x, kind)
-    return out
+@torch_op("activate", fake=lambda x, kind: torch.empty_like(x))
+def activate(x: Tensor, kind: str) -> Tensor:
+    """Apply one activation of `ACTIVATIONS`, elementwise."""
+    return ACTIVATIONS[kind](x)
 
 
 def numpy_activate(x: np.ndarray, kind: str) -> np.ndarray:

@@ -18,78 +18,36 @@ from torch import Tensor
 from edgevlm_export.emit import Emitter
 from edgevlm_export.errors import ExportError
 from edgevlm_export.ops.heads import (
+    attend,
+    causal_mask,
     from_heads,
+    numpy_attend,
+    numpy_causal_mask,
     numpy_from_heads,
-    numpy_softmax,
-    numpy_to_heads,
-    numpy_unpack,
     split_packed,
-    to_heads,
-    unpack,
 )
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute, static_dims, tensors
-from edgevlm_export.ops.rotary import numpy_rotate, rotate, turned_rows
+from edgevlm_export.ops.op import MICROSOFT, Op, attribute, static_dims, tensors, torch_op
+from edgevlm_export.ops.rotary import contrib_rotary, numpy_rotated_heads, rotated_heads
 
 
-@torch.library.custom_op("edgevlm::cached_attention", mutates_args=())
-def _cached_attention(
+def _empty(
     q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
+    _k: object,
+    _v: object,
     past_key: Tensor,
     past_value: Tensor,
-    seqlens_k: Tensor,
-    total: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    _seqlens_k: object,
+    _total: object,
+    _cos: object,
+    _sin: object,
     num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    softcap: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = unpack(q, k, v, num_heads, num_kv_heads)
-    query, key, value = to_heads(q, num_heads), to_heads(k, num_kv_heads), to_heads(v, num_kv_heads)
-    if cos is not None and sin is not None:
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    rows, end = q.shape[1], int(seqlens_k[0]) + 1
-    present_key, present_value = past_key.clone(), past_value.clone()
-    present_key[:, :, end - rows : end] = key
-    present_value[:, :, end - rows : end] = value
-
-    groups = num_heads // num_kv_heads
-    scores = query @ present_key[:, :, :end].repeat_interleave(groups, dim=1).mT * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    allowed = torch.ones(rows, end, dtype=torch.bool).tril(end - rows)
-    if window:
-        allowed = allowed.triu(end - rows - window + 1)
-    weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
-    out = weights @ present_value[:, :, :end].repeat_interleave(groups, dim=1)
-    return from_heads(out), present_key, present_value
-
-
-@_cached_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    past_key: Tensor,
-    past_value: Tensor,
-    seqlens_k: Tensor,
-    total: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    softcap: float,
-    window: int,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], num_heads * past_key.shape[3])
     return out, torch.empty_like(past_key), torch.empty_like(past_value)
 
 
+@torch_op("cached_attention", fake=_empty)
 def cached_attention(
     q: Tensor,
     k: Tensor | None,
@@ -108,14 +66,20 @@ def cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend and return (out [1, T, Hq*D], present_key, present_value [1, Hkv, C, D]).
 
-    q is packed q|k|v where k and v are None (the form that saves nodes; give three where q and k
-    have norms). `softcap` 0 caps nothing; `window` counts the row itself, 0 sees everything.
+    q [1, T, Hq*D] and k, v [1, T, Hkv*D]; q is packed q|k|v where k and v are None (the form that
+    saves nodes; give three where q and k have norms). `seqlens_k` [1] and `total` [] are int32,
+    `cos` and `sin` [C, R] or None. `softcap` 0 caps nothing; `window` counts the row itself, 0 sees
+    everything.
     """
-    out: tuple[Tensor, Tensor, Tensor] = _cached_attention(
-        q, k, v, past_key, past_value, seqlens_k, total, cos, sin,
-        num_heads, num_kv_heads, scale, softcap, window,
-    )  # fmt: skip
-    return out
+    query, key, value = rotated_heads(q, k, v, cos, sin, num_heads, num_kv_heads)
+    rows, end = q.shape[1], int(seqlens_k[0]) + 1
+    present_key, present_value = past_key.clone(), past_value.clone()
+    present_key[:, :, end - rows : end] = key
+    present_value[:, :, end - rows : end] = value
+    used_keys, used_values = present_key[:, :, :end], present_value[:, :, :end]
+    mask = causal_mask(rows, end, window)
+    out = attend(query, used_keys, used_values, mask, scale, softcap)
+    return from_heads(out), present_key, present_value
 
 
 def numpy_cached_attention(
@@ -134,26 +98,15 @@ def numpy_cached_attention(
     softcap: float = 0.0,
     window: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Attend row by row and head by head, as the definition says."""
-    q, k, v = numpy_unpack(q, k, v, num_heads, num_kv_heads)
-    query, key = numpy_to_heads(q, num_heads), numpy_to_heads(k, num_kv_heads)
-    if cos is not None and sin is not None:
-        query, key = numpy_rotate(query, cos, sin), numpy_rotate(key, cos, sin)
+    """Extend the cache, then attend over its used slots."""
+    query, key, value = numpy_rotated_heads(q, k, v, cos, sin, num_heads, num_kv_heads)
     rows, end = q.shape[1], int(seqlens_k[0]) + 1
     present_key, present_value = past_key.copy(), past_value.copy()
     present_key[:, :, end - rows : end] = key
-    present_value[:, :, end - rows : end] = numpy_to_heads(v, num_kv_heads)
-
-    out = np.zeros_like(query)
-    for head in range(num_heads):
-        source = head // (num_heads // num_kv_heads)
-        for row in range(rows):
-            last = end - rows + row + 1
-            seen = slice(max(0, last - window) if window else 0, last)
-            scores = present_key[0, source, seen] @ query[0, head, row] * scale
-            if softcap:
-                scores = softcap * np.tanh(scores / softcap)
-            out[0, head, row] = numpy_softmax(scores) @ present_value[0, source, seen]
+    present_value[:, :, end - rows : end] = value
+    used_keys, used_values = present_key[:, :, :end], present_value[:, :, :end]
+    mask = numpy_causal_mask(rows, end, window)
+    out = numpy_attend(query, used_keys, used_values, mask, scale, softcap)
     return numpy_from_heads(out), present_key, present_value
 
 
@@ -172,8 +125,8 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     if cos is not None and (size % 16 or static_dims(cos)[1] % 8):
         # The kernel turns no such heads, but takes them turned.
         q, k, v = (q, k, v) if k is not None else split_packed(emit, q, num_heads, num_kv_heads)
-        q = turned_rows(emit, q, cos, sin, num_heads, size)
-        k = turned_rows(emit, k, cos, sin, num_kv_heads, size)
+        q = contrib_rotary(emit, q, cos, sin, num_heads=num_heads, size=size)
+        k = contrib_rotary(emit, k, cos, sin, num_heads=num_kv_heads, size=size)
         cos = sin = None
     rows, numbers = q, None
     if cos is not None:

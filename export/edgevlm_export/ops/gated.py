@@ -11,29 +11,18 @@ from torch import Tensor
 
 from edgevlm_export.emit import Emitter
 from edgevlm_export.ops.activate import (
-    Activation,
-    activation,
+    ACTIVATIONS,
     contrib_activation,
     numpy_activate,
     standard_activation,
 )
-from edgevlm_export.ops.op import Op, attribute
+from edgevlm_export.ops.op import Op, attribute, torch_op
 
 
-@torch.library.custom_op("edgevlm::gated", mutates_args=())
-def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return activation(kind)(gate) * up
-
-
-@_gated.register_fake
-def _(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return torch.empty_like(gate)
-
-
-def gated(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
+@torch_op("gated", fake=lambda gate, *_: torch.empty_like(gate))
+def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """Multiply the activated gate by the up projection."""
-    out: Tensor = _gated(gate, up, kind)
-    return out
+    return ACTIVATIONS[kind](gate) * up
 
 
 def numpy_gated(gate: np.ndarray, up: np.ndarray, kind: str) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Rows to heads and back, shared by the attention ops and their numpy references."""
+"""What the attention ops share: rows to heads and back, masks, and attention by its definition.
+
+Each stands here in torch, which is what runs eagerly, and in numpy, which tests compare with.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import torch
 from torch import Tensor
 
 from edgevlm_export.emit import Emitter
+from edgevlm_export.ops.op import dims
 
 Array = np.ndarray  # any float dtype
 
 # B batch, T rows of this call, S keys, C cache capacity, H heads (Hq query, Hkv key-value), D head
 # size, R rotary pairs (half of the rotated width)
+
+# Closes a column of a mask. Finite, in float16 too: a row of padding that sees nothing is no NaN.
+CLOSED = -60000.0
 
 
 def to_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -36,6 +43,28 @@ def unpack(
     size = q.shape[-1] // (num_heads + 2 * num_kv_heads)
     q, k, v = torch.split(q, [num_heads * size, num_kv_heads * size, num_kv_heads * size], dim=-1)
     return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+def causal_mask(rows: int, keys: int, window: int = 0, closed: float = -torch.inf) -> Tensor:
+    """Additive mask [T, S]: the last row sees the last key, and each row `window` keys (0: all)."""
+    seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+    if window:
+        seen = seen.triu(keys - rows - window + 1)
+    return torch.zeros(rows, keys).masked_fill(~seen, closed)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attend from query [B, Hq, T, D] to key, value [B, Hkv, S, D].
+
+    `mask` is added to the scores, which tanh keeps within `softcap` where that is not 0.
+    """
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, dim=1).mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return torch.softmax(scores + mask, dim=-1) @ value.repeat_interleave(groups, dim=1)
 
 
 def numpy_to_heads(x: Array, num_heads: int) -> Array:
@@ -64,19 +93,36 @@ def numpy_unpack(
     return first, second, third
 
 
-def numpy_softmax(scores: Array) -> Array:
-    """Softmax over the last axis."""
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    total: Array = weights / weights.sum(axis=-1, keepdims=True)
-    return total
+def numpy_causal_mask(rows: int, keys: int, window: int = 0, closed: float = -np.inf) -> Array:
+    """Additive mask [T, S], from the places of rows and keys in the sequence."""
+    row, key = np.arange(keys - rows, keys)[:, None], np.arange(keys)
+    seen = (key <= row) & (key > row - (window or keys))
+    return np.where(seen, 0.0, closed).astype(np.float32)
+
+
+def numpy_attend(
+    query: Array, key: Array, value: Array, mask: Array, scale: float, softcap: float = 0.0
+) -> Array:
+    """Attend head by head; shapes as in `attend`."""
+    out = np.zeros_like(query)
+    groups = query.shape[1] // key.shape[1]
+    mask = np.broadcast_to(mask, (*query.shape[:3], key.shape[2]))
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ key[:, head // groups].swapaxes(-1, -2) * scale
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        scores = scores + mask[:, head]
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[:, head] = weights @ value[:, head // groups]
+    return out
 
 
 def split_packed(
     emit: Emitter, packed: ir.Value, num_heads: int, num_kv_heads: int
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Emit the split of rows q|k|v."""
-    assert packed.shape is not None
-    width = packed.shape[-1]
+    width = dims(packed)[-1]
     assert isinstance(width, int)
     size = width // (num_heads + 2 * num_kv_heads)
     sizes = emit.ints(num_heads * size, num_kv_heads * size, num_kv_heads * size)

@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from edgevlm_export.emit import Emitter
-from edgevlm_export.ops.op import Op, attribute
+from edgevlm_export.ops.op import Op, attribute, torch_op
 
 
-@torch.library.custom_op("edgevlm::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-@_layer_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
-
-
+@torch_op("layer_norm", fake=lambda x, *_: torch.empty_like(x))
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalise the last axis."""
-    out: Tensor = _layer_norm(x, weight, bias, eps)
-    return out
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def numpy_layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:

@@ -14,23 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm_export.emit import Emitter
-from edgevlm_export.ops.op import MICROSOFT, Op, static_dims
+from edgevlm_export.ops.op import MICROSOFT, Op, static_dims, torch_op
 
 
-@torch.library.custom_op("edgevlm::logits", mutates_args=())
-def _logits(x: Tensor, table: Tensor) -> Tensor:
-    return nn.functional.linear(x, table)
-
-
-@_logits.register_fake
-def _(x: Tensor, table: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], table.shape[0])
-
-
+@torch_op("logits", fake=lambda x, table: x.new_empty(*x.shape[:-1], table.shape[0]))
 def logits(x: Tensor, table: Tensor) -> Tensor:
     """Map rows [B, R, K] to [B, R, V] with a table [V, K]."""
-    out: Tensor = _logits(x, table)
-    return out
+    return nn.functional.linear(x, table)
 
 
 def numpy_logits(x: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -7,9 +7,10 @@ accepts, in order of preference.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -20,6 +21,8 @@ from edgevlm_export.emit import Emitter
 DOMAIN = "edgevlm"
 MICROSOFT = "com.microsoft"
 Lowering = Callable[[Emitter, ir.Node], Sequence[ir.Value]]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SCHEMA = onnx.defs.OpSchema
 _ATTRIBUTE_TYPES = {
@@ -76,6 +79,28 @@ class Op:
                 for name, kind in self.attributes.items()
             ],
         )
+
+
+def torch_op(name: str, fake: Callable[..., object]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function the torch op `edgevlm::name`, which torch.export does not look into.
+
+    The function is what runs eagerly; it returns new tensors. `fake` makes empty tensors of the
+    same shapes from the same arguments, of which torch leaves out the last where they have their
+    defaults.
+    """
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        op = torch.library.custom_op(f"{DOMAIN}::{name}", function, mutates_args=())
+        op.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            out: R = op(*args, **kwargs)
+            return out
+
+        return call
+
+    return register
 
 
 def attribute(node: ir.Node, name: str) -> Any:

@@ -10,25 +10,15 @@ import torch
 from torch import Tensor
 
 from edgevlm_export.emit import Emitter
-from edgevlm_export.ops.op import Op, attribute
+from edgevlm_export.ops.op import Op, attribute, torch_op
 
 
-@torch.library.custom_op("edgevlm::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+@torch_op("rms_norm", fake=lambda x, *_: torch.empty_like(x))
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """Normalise the last axis, in float32; `unit_offset` scales by weight + 1 (Gemma)."""
     variance = x.float().square().mean(dim=-1, keepdim=True)
     normed = (x.float() * torch.rsqrt(variance + eps)).to(x.dtype)
     return normed * (weight + 1 if unit_offset else weight)
-
-
-@_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
-    """Normalise the last axis; `unit_offset` scales by weight + 1 (Gemma)."""
-    out: Tensor = _rms_norm(x, weight, eps, unit_offset)
-    return out
 
 
 def numpy_rms_norm(

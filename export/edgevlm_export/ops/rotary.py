@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from edgevlm_export.emit import Emitter
-from edgevlm_export.ops.heads import from_heads, numpy_from_heads, numpy_to_heads, to_heads
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute, dims, static_dims
+from edgevlm_export.ops.heads import (
+    from_heads,
+    numpy_from_heads,
+    numpy_to_heads,
+    numpy_unpack,
+    to_heads,
+    unpack,
+)
+from edgevlm_export.ops.op import MICROSOFT, Op, attribute, dims, static_dims, torch_op
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -26,20 +33,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-@torch.library.custom_op("edgevlm::rotary", mutates_args=())
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    return from_heads(rotate(to_heads(x, num_heads), cos, sin))
+def rotated_heads(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [B, Hq, T, D], key and value [B, Hkv, T, D] of rows, packed q|k|v or three."""
+    q, k, v = unpack(q, k, v, num_heads, num_kv_heads)
+    query, key = to_heads(q, num_heads), to_heads(k, num_kv_heads)
+    if cos is not None and sin is not None:
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    return query, key, to_heads(v, num_kv_heads)
 
 
-@_rotary.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    return torch.empty_like(x)
-
-
+@torch_op("rotary", fake=lambda x, *_: torch.empty_like(x))
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """Rotate the heads of [B, T, H*D]."""
-    out: Tensor = _rotary(x, cos, sin, num_heads)
-    return out
+    return from_heads(rotate(to_heads(x, num_heads), cos, sin))
 
 
 def numpy_rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -58,7 +72,24 @@ def numpy_rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, num_heads: int
     return numpy_from_heads(numpy_rotate(numpy_to_heads(x, num_heads), cos, sin))
 
 
-def rotate_rows(
+def numpy_rotated_heads(
+    q: np.ndarray,
+    k: np.ndarray | None,
+    v: np.ndarray | None,
+    cos: np.ndarray | None,
+    sin: np.ndarray | None,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, key and value as heads, rotated."""
+    q, k, v = numpy_unpack(q, k, v, num_heads, num_kv_heads)
+    query, key = numpy_to_heads(q, num_heads), numpy_to_heads(k, num_kv_heads)
+    if cos is not None and sin is not None:
+        query, key = numpy_rotate(query, cos, sin), numpy_rotate(key, cos, sin)
+    return query, key, numpy_to_heads(v, num_kv_heads)
+
+
+def standard_rotary(
     emit: Emitter,
     x: ir.Value,
     cos: ir.Value,
@@ -99,21 +130,21 @@ def _column(emit: Emitter, table: ir.Value, rows: int) -> ir.Value:
     return emit.shared(f"{table.name}_rows", make)
 
 
-def turned_rows(
+def contrib_rotary(
     emit: Emitter,
     x: ir.Value | None,
     cos: ir.Value | None,
     sin: ir.Value | None,
+    *,
     num_heads: int,
     size: int,
 ) -> ir.Value:
     """Rotate x [B, T, H*D] with the fused op, row r by row r of the tables."""
     pairs = static_dims(cos)[-1]
-    first_row = emit.ints(0)
     return emit.one(
         "RotaryEmbedding",
         x,
-        first_row,
+        emit.ints(0),  # the table row of the first row
         cos,
         sin,
         domain=MICROSOFT,
@@ -128,7 +159,7 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     x, cos, sin = node.inputs
     num_heads, width = attribute(node, "num_heads"), dims(x)[-1]
     assert isinstance(width, int)
-    return [turned_rows(emit, x, cos, sin, num_heads, width // num_heads)]
+    return [contrib_rotary(emit, x, cos, sin, num_heads=num_heads, size=width // num_heads)]
 
 
 def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
@@ -139,7 +170,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     batch, rows, width = static_dims(x)
     num_heads = attribute(node, "num_heads")
     size = width // num_heads
-    turned = rotate_rows(emit, x, cos, sin, rows=rows, num_heads=num_heads, size=size)
+    turned = standard_rotary(emit, x, cos, sin, rows=rows, num_heads=num_heads, size=size)
     return [emit.one("Reshape", turned, emit.ints(batch, rows, width), part="rows")]
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from edgevlm.errors import ModelError
-from edgevlm.model.graphs import MASK_VALUE, delta_step, inplace_step, vision_graph
+from edgevlm.model.graphs import delta_step, inplace_step, vision_graph
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.spec import DecoderSpec
 from edgevlm.model.vlm import Vlm
+from edgevlm_export.ops import CLOSED
 from tests.edgevlm.model.tiny import RMS_NORM, attention, decoder, drawn, vision, vlm_spec
 
 CAPACITY = 24
@@ -70,9 +71,9 @@ def test_delta_step_in_chunks_equals_the_whole_sequence(name: str) -> None:
     graph = delta_step(model, CAPACITY, 8)
     past = [torch.zeros_like(tensor) for tensor in graph.examples[5:]]
     for start in (0, 8):
-        mask = torch.full((8, CAPACITY + 8), MASK_VALUE)
+        mask = torch.full((8, CAPACITY + 8), CLOSED)
         mask[:, :start] = 0.0
-        mask[:, CAPACITY:] = torch.full((8, 8), MASK_VALUE).triu(1)
+        mask[:, CAPACITY:] = torch.full((8, 8), CLOSED).triu(1)
         part = slice(start, start + 8)
         logits, *new = graph.module(
             rows[:, part], cos[part], sin[part], mask[None, None], torch.arange(8), *past

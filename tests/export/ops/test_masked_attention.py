@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgevlm_export.ops.attention import MASKED
+from edgevlm_export.ops import CLOSED
 from edgevlm_export.ops.masked_attention import OP as MASKED_ATTENTION
 from tests.export.running import eager, lowered, seeded
 
@@ -19,9 +19,9 @@ SIZE, SLOTS = 16, 12
 
 def inputs(rows: int, used: int, heads: int, kv_heads: int, pairs: int = 8) -> dict[str, Tensor]:
     """Rows after `used` slots, causal; what the other slots hold is closed by the mask."""
-    mask = torch.full((1, 1, rows, SLOTS + rows), MASKED)
+    mask = torch.full((1, 1, rows, SLOTS + rows), CLOSED)
     mask[..., :used] = 0
-    mask[..., SLOTS:] = torch.full((rows, rows), MASKED).triu(1)
+    mask[..., SLOTS:] = torch.full((rows, rows), CLOSED).triu(1)
     angles = seeded(rows, pairs, seed=3) * 5
     return {
         "q": seeded(1, rows, (heads + 2 * kv_heads) * SIZE),
@@ -83,7 +83,7 @@ def test_without_rotary_and_with_three_tensors() -> None:
 def test_a_tree_equals_its_paths() -> None:
     """Rows 1 and 2 are both children of row 0: each sees row 0 and itself, not its sibling."""
     tensors = inputs(3, 5, 4, 2)
-    tensors["mask"][..., 2, SLOTS + 1] = MASKED
+    tensors["mask"][..., 2, SLOTS + 1] = CLOSED
     tree = lowered(MASKED_ATTENTION, "static", tensors, **options(4, 2))[0]
     for path in ([0, 1], [0, 2]):
         alone = inputs(2, 5, 4, 2) | {"q": tensors["q"][:, path]}
@@ -95,7 +95,7 @@ def test_a_tree_equals_its_paths() -> None:
 def test_a_closed_padding_row_is_finite_and_changes_nothing() -> None:
     tensors = inputs(8, 5, 4, 2)
     whole = reference(tensors, **options(4, 2))[0]
-    tensors["mask"][..., 7, :] = MASKED
+    tensors["mask"][..., 7, :] = CLOSED
     out = lowered(MASKED_ATTENTION, "static", tensors, **options(4, 2))[0]
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out[:, :7], whole[:, :7], atol=TOLERANCE, rtol=0)
