@@ -28,7 +28,7 @@ _ASKED = {
     "exists": 2,
     "colour": 1,
     "shape": 1,
-    "count": 2,
+    "count": 3,
     "where": 1,
     "read": 1,
     "relation": 2,

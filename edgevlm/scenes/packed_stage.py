@@ -41,8 +41,8 @@ _PICTURES = 8
 # Prefix and row together are 224 or 368 keys: whole vectors, which doubles the softmax's speed.
 _WIDTH = 79
 _ROWS = {1: 4, 2: 6}
-# Every tenth step shows the pictures in pairs.
-_PAIR_EVERY = 10
+# Pairs are a tenth of all questions, and the hardest: a fifth of the steps shows pictures in pairs.
+_PAIR_EVERY = 5
 _DENSE_WEIGHT = 0.2
 
 
@@ -68,13 +68,13 @@ class PackedStage:
         self._model, self._heads = model, heads
         whole = start / "packed.safetensors"
         self.module: nn.Module = nn.ModuleDict({"model": model, "heads": heads})
-        self._has_heads = True
+        self.has_heads = True
         if whole.exists():
             self.module.load_state_dict(load_file(whole), strict=False)
         elif (start / "config.json").exists():
             trained = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
             model.load_state_dict(trained.state_dict())
-            self._has_heads = False
+            self.has_heads = False
         else:
             load_vision(model, heads, start)
         use_training_attention(model)

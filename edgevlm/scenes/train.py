@@ -4,20 +4,29 @@ stage 1, vision   The vision encoder alone, on dense targets: what each patch sh
                   belongs to, which character of a sign, and the picture's facts from the class
                   token. Two thirds of the pictures are full of signs, for practice in reading.
                   Writes vision.safetensors.
-stage 2, packed   The whole model, from the encoder of stage 1 (or from an earlier stage 2 folder,
-                  with a new warm-up and decay). Many questions share one picture in a packed
-                  sequence; a tenth of the steps show pictures in pairs. --freeze-vision trains the
-                  projector and the decoder only, a third faster. Writes packed.safetensors, and
-                  with --export a bfloat16 checkpoint that stock transformers loads.
+stage 2, packed   The whole model, from the encoder of stage 1, or from an earlier stage 2 folder or
+                  its exported checkpoint with a new warm-up and decay. Many questions share one
+                  picture in a packed sequence; a fifth of the steps show pictures in pairs.
+                  --freeze-vision trains the projector and the decoder only, a third faster.
+                  Writes packed.safetensors, and with --export a bfloat16 checkpoint that stock
+                  transformers loads.
 
-The shipped checkpoint was made on two shared CPU cores (its first run without practice signs) with
+The shipped checkpoint was made on two shared CPU cores with
 
   export OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000
   python -m edgevlm.scenes.train vision --folder train/vision --hours 0.3 --seed 7
   python -m edgevlm.scenes.train vision --start train/vision --folder train/vision2 \\
       --hours 0.15 --seed 8
   python -m edgevlm.scenes.train packed --start train/vision2 --folder train/packed \\
-      --export train/scenes-vlm --hours 1.1 --seed 7 --freeze-vision --compile --threads 1
+      --export train/scenes-vlm --hours 1.1 --seed 7 --freeze-vision --compile
+  python -m edgevlm.scenes.train packed --start train/scenes-vlm --folder train/packed2 \\
+      --hours 0.45 --seed 11 --rate 0.6 --freeze-vision --compile --practice relation
+  python -m edgevlm.scenes.train packed --start train/packed2 --folder train/packed3 \\
+      --export train/scenes-vlm --hours 0.95 --seed 12 --rate 0.6 --freeze-vision --compile
+
+The first run had no practice signs; the third asked every task equally often and showed pairs half
+as often. Without practice `relation` stays at chance for tens of thousands of pictures; with it,
+five thousand are enough.
 
 The three variables keep waiting threads from spinning and freed memory in the process: they are
 worth a third of the speed on a CPU. The learning rate follows the time spent training, so a slow
@@ -58,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     stage = PackedStage(options.seed, host, options.start, options.export, options.practice)
     if options.freeze_vision:
         stage.freeze_vision()
+    elif not stage.has_heads:
+        parser.error(f"{options.start} is a checkpoint, without dense heads: use --freeze-vision")
     if options.compile:
         stage.compile()
     budget = Budget(

@@ -169,3 +169,19 @@ def test_model_is_small_and_tied(model: LlavaForConditionalGeneration) -> None:
     assert parameters * 2 <= 16_000_000
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert "edgevlm_scenes_packed" in AttentionInterface().valid_keys()
+
+
+def test_practice_asks_mostly_what_is_practised() -> None:
+    rng = random.Random(0)
+    asked: list[str] = []
+    described = 0
+    for seed in range(300):
+        segments = draw_segments([make_scene(seed)], rng, ("relation",))
+        tasks = [question.task for segment in segments for question in segment]
+        described += tasks.count("describe")
+        asked += [task for task in tasks if task != "describe"]
+    # 12 of 23 parts, less the scenes with no two objects to relate.
+    assert 0.40 < asked.count("relation") / len(asked) < 0.53
+    # Every other task is still asked, and one picture in three described.
+    assert set(asked) == set(TASKS) - {"describe"}
+    assert 75 < described < 125
