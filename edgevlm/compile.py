@@ -13,6 +13,7 @@ import gc
 import importlib.metadata
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -23,9 +24,9 @@ import torch
 
 from edgevlm.cache import StageCache, code_version, default_root, digest, file_digest
 from edgevlm.checkpoint import load, open_checkpoint
-from edgevlm.evidence.exam import prepare_exam
+from edgevlm.evidence.exam import Exam, prepare_exam
 from edgevlm.evidence.gates import limits
-from edgevlm.evidence.gather import Subject, eager_witnesses, gather, reference_witnesses
+from edgevlm.evidence.gather import Subject, graph_evidence, model_evidence
 from edgevlm.evidence.ladder import Climb
 from edgevlm.families.text_spec import tokenizer_json
 from edgevlm.graphs import manifest_variant, write_graphs
@@ -36,10 +37,11 @@ from edgevlm.plan import Plan, image_choices, make_plan, recipe_device
 from edgevlm.progress import Progress, Silent
 from edgevlm.publish import publishing
 from edgevlm.recipe import Recipe
-from edgevlm.samples import Sample, draw_samples, score_answers
+from edgevlm.samples import Sample, cover_grids, draw_samples, score_answers
 from edgevlm.solve import refuse
 from edgevlm_runtime._version import __version__
 from edgevlm_runtime.files import entry_of
+from edgevlm_runtime.images.spec import Geometry, ImageSpec, NativeGeometry
 from edgevlm_runtime.manifest import FORMAT_VERSION, FileEntry, Manifest, ModelInfo
 from edgevlm_runtime.structure import to_json
 from edgevlm_runtime.text import TextSpec, load_tokenizer
@@ -97,22 +99,38 @@ class Job:
 
     @cached_property
     def graphs_key(self) -> str:
-        """Hash of the written graphs."""
+        """Hash of what the graphs are written from."""
         return digest(self.model_key, self.plan.variants)
 
     def fill(self, staging: Path) -> None:
         """Write the whole bundle into an empty folder.
 
-        The reference and our model answer before graphs are opened: one copy of the weights at a
-        time is what fits beside a large model.
+        Our model is held to the reference before its graphs are written, which takes longest, and
+        let go before they are opened: one copy of the weights at a time is what fits beside a large
+        model.
         """
-        subject, climb = self._subject(staging), self._climb()
-        reference = reference_witnesses(subject, climb)
+        subject, climb = self.subject(), self.climb()
+        below = model_evidence(subject, climb)
         graphs = self.cache.build("graphs", self.graphs_key, self._write_graphs)
         changes = self.cache.json("changes", self.model_key, self._changes)
-        eager_witnesses(subject, climb, reference)
-        self._passed = None
-        release_memory()
+        self.release()
+        files = self._write_files(graphs, staging)
+        provenance = self._provenance(changes["changes"])
+        # The graphs are measured as a user has them: from a whole bundle, which lacks evidence.
+        write_manifest(staging, self._manifest(files, provenance))
+        rungs = list(below.rungs)
+        # A stage that was altered in the cache has other files: their evidence is their own.
+        files_key = digest(self.graphs_key, files)
+        for variant in self.plan.variants:
+            rungs += graph_evidence(subject, climb, below, variant, staging, files_key)
+        evidence = {
+            "samples": self._samples_note(climb.exam),
+            "rungs": [r.to_json() for r in rungs],
+        }
+        write_manifest(staging, self._manifest(files, {**provenance, "evidence": evidence}))
+
+    def _write_files(self, graphs: Path, staging: Path) -> dict[str, FileEntry]:
+        """Put everything but the manifest into the bundle; return what was written."""
         with self.progress.stage("files", 1) as advance:
             for path in sorted(graphs.iterdir()):
                 shutil.copyfile(path, staging / path.name)
@@ -122,11 +140,7 @@ class Job:
             (staging / TOKENIZER).write_bytes(self._tokenizer)
             files = file_entries(staging)
             advance(1)
-        provenance = self._provenance(changes["changes"])
-        write_manifest(staging, self._manifest(files, provenance))
-        rungs = gather(subject, climb)
-        evidence = {"samples": self._samples_note(climb), "rungs": [r.to_json() for r in rungs]}
-        write_manifest(staging, self._manifest(files, {**provenance, "evidence": evidence}))
+        return files
 
     @cached_property
     def _tokenizer(self) -> bytes:
@@ -134,8 +148,13 @@ class Job:
         return tokenizer_json(self.checkpoint.folder, TextSpec.from_json(self._spec.text))
 
     def model(self) -> Vlm:
-        """The model after its passes; held until `fill` lets it go."""
+        """The model after its passes, held until `release`."""
         return self._run_passes()[0]
+
+    def release(self) -> None:
+        """Let go of the model, and give its memory back to the system."""
+        self._passed = None
+        release_memory()
 
     def _run_passes(self) -> tuple[Vlm, tuple[Applied, ...]]:
         if self._passed is None:
@@ -162,21 +181,20 @@ class Job:
             ]
         }
 
-    def _subject(self, staging: Path) -> Subject:
+    def subject(self) -> Subject:
+        """What the evidence is about."""
         return Subject(
             checkpoint=self.checkpoint,
             checkpoint_key=self.checkpoint_key,
             spec=self._spec,
             model=self.model,
+            release=self.release,
             model_key=self.model_key,
-            plan=self.plan,
-            folder=staging,
-            graphs_key=self.graphs_key,
         )
 
-    def _climb(self) -> Climb:
+    def climb(self) -> Climb:
+        """What is asked of every rung, and the bounds it is held to."""
         options = self.recipe.evidence
-        drawn = self.checkpoint.seed is not None
         exam = prepare_exam(
             self._samples(),
             self._spec.image,
@@ -184,34 +202,64 @@ class Job:
             load_tokenizer(self._tokenizer),
             end_tokens=frozenset(self._spec.generation.eos_token_ids),
             max_new_tokens=options.max_new_tokens,
-            score=None if drawn else score_answers,
+            score=None if self._is_drawn else score_answers,
         )
-        loosened = dict.fromkeys(options.gates.loosened(), options.reason or "")
-        return Climb(
-            exam=exam,
-            bounds=limits(options.gates),
-            loosened=loosened,
-            cache=self.cache,
-            progress=self.progress,
-        )
+        self._check_context(exam)
+        return Climb(exam=exam, bounds=limits(options), cache=self.cache, progress=self.progress)
+
+    @property
+    def _is_drawn(self) -> bool:
+        return self.checkpoint.seed is not None
+
+    @property
+    def _geometry(self) -> Geometry:
+        return ImageSpec.from_json(self._spec.image).geometry
 
     def _samples(self) -> list[Sample]:
-        data = self.recipe.calibration.data
-        return draw_samples(
-            None if data is None else self.recipe.path.parent / data,
+        options = self.recipe.evidence
+        samples = draw_samples(
+            None if options.data is None else self.recipe.path.parent / options.data,
             split="calibration",
-            count=self.recipe.evidence.samples,
+            count=options.samples,
             seed=self.recipe.seed,
         )
+        return cover_grids(samples, self._geometry)
 
-    def _samples_note(self, climb: Climb) -> dict[str, Any]:
+    def _check_context(self, exam: Exam) -> None:
+        """Refuse samples that a session has no room for, before anything is measured."""
+        capacity = self.plan.tokens.capacity
+        rows = max(len(question.prompt.token_ids) for question in exam.questions)
+        needed = rows + exam.max_new_tokens
+        if needed > capacity:
+            raise self.recipe.error(
+                f"the evidence's longest sample takes {needed} rows ({rows} of prompt, "
+                f"{exam.max_new_tokens} of answer), the context has {capacity}",
+                "context",
+                "capacity",
+                hint=f"set context.capacity to at least {needed}, or choose other samples with "
+                "evidence.data",
+            )
+
+    def _samples_note(self, exam: Exam) -> dict[str, Any]:
+        """What was asked; `pictures` has a line for every vision grid, asked about or not."""
+        shapes = Counter(
+            (image.layout.grid, image.layout.tiles)
+            for question in exam.questions
+            for image in question.images
+        )
+        if isinstance(self._geometry, NativeGeometry):
+            shapes.update({(grid, (0, 0)): 0 for grid in self._geometry.grids})
         return {
-            "data": self.recipe.calibration.data or "scenes, calibration split",
-            "count": len(climb.exam.samples),
+            "data": self.recipe.evidence.data or "scenes, calibration split",
+            "count": len(exam.samples),
             "seed": self.recipe.seed,
-            "max_new_tokens": climb.exam.max_new_tokens,
-            "sha256": climb.exam.digest,
-            "weights": "drawn" if self.checkpoint.seed is not None else "trained",
+            "max_new_tokens": exam.max_new_tokens,
+            "sha256": exam.digest,
+            "weights": "drawn" if self._is_drawn else "trained",
+            "pictures": [
+                {"grid": grid, "tiles": tiles, "count": count}
+                for (grid, tiles), count in shapes.items()
+            ],
         }
 
     def _provenance(self, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

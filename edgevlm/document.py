@@ -127,7 +127,8 @@ class Document:
             return self.error(message, *where, hint=hint)
         if complaint.key is None:
             return self.error(complaint.message, *where, hint=complaint.hint)
-        return self._error(complaint.message, self.keys[(*where, complaint.key)], complaint.hint)
+        key = (*where, complaint.key)
+        return self._error(complaint.message, self.keys[key], complaint.hint)
 
 
 def read(path: Path) -> Document:

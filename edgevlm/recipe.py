@@ -31,7 +31,7 @@ from edgevlm.errors import RecipeError
 from edgevlm.passes import PASSES, Pass
 
 __all__ = [
-    "CalibrationOptions",
+    "FLOORS",
     "ContextOptions",
     "EvidenceOptions",
     "Gates",
@@ -43,8 +43,10 @@ __all__ = [
     "parse_recipe",
 ]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FLOORS = frozenset({"cosine", "argmax_agreement", "token_agreement"})
+"""Gates whose bound is the least allowed; that of the others is the most."""
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 GridSide = Annotated[int, Field(ge=1)]
 
@@ -91,14 +93,12 @@ class Gates(Options):
     token_agreement: float = Field(0.995, gt=0, le=1, description="Equal answers, at least.")
     accuracy_drop: float = Field(0.005, ge=0, le=1, description="Loss of task accuracy, at most.")
 
-    _floors: ClassVar[frozenset[str]] = frozenset({"cosine", "argmax_agreement", "token_agreement"})
-
     def loosened(self) -> tuple[str, ...]:
         """Names of the gates that let more through than the defaults."""
         names = []
         for name, field in type(self).model_fields.items():
             asked, usual = getattr(self, name), field.default
-            if asked < usual if name in self._floors else asked > usual:
+            if asked < usual if name in FLOORS else asked > usual:
                 names.append(name)
         return tuple(names)
 
@@ -106,6 +106,12 @@ class Gates(Options):
 class EvidenceOptions(Options):
     """What is measured before a bundle is written, and what it must pass."""
 
+    data: str | None = Field(
+        None,
+        min_length=1,
+        description="A folder with samples.jsonl, relative to the recipe; absent: the built-in "
+        "picture world.",
+    )
     samples: int = Field(16, ge=1, le=10_000, description="Samples that every rung answers.")
     max_new_tokens: int = Field(32, ge=1, description="Greedy tokens per sample.")
     gates: Gates = Gates()
@@ -132,15 +138,6 @@ class EvidenceOptions(Options):
                 key="gates",
             )
         return self
-
-
-class CalibrationOptions(Options):
-    """The samples that passes may look at; absent: the built-in picture world's."""
-
-    data: str | None = Field(
-        None, min_length=1, description="A folder with samples.jsonl, relative to the recipe."
-    )
-    samples: int = Field(64, ge=1, le=100_000)
 
 
 class _StepOptions(Options):
@@ -205,7 +202,6 @@ class Recipe(Options):
     context: ContextOptions = ContextOptions()
     generation: GenerationOptions = GenerationOptions()
     evidence: EvidenceOptions = EvidenceOptions()
-    calibration: CalibrationOptions = CalibrationOptions()
     seed: int = Field(0, ge=0, lt=2**32)
 
     _document: Document = PrivateAttr()

@@ -175,12 +175,14 @@ def show_evidence(provenance: Mapping[str, Any], out: Console) -> None:
         "same: answers that are hf's token for token; gates: how many hold",
         style="dim",
     )
+    for picture in samples["pictures"]:
+        if picture["grid"] is not None:
+            height, width = picture["grid"]
+            out.print(f"vision grid {height} x {width}: {picture['count']} pictures", style="dim")
     for _, rung in _climbed(evidence["rungs"]):
         for gate in rung["gates"]:
             if gate["reason"]:
                 out.print(f"{rung['name']}: {gate['name']} is loosened: {gate['reason']}")
-        for note in rung["notes"]:
-            out.print(f"{rung['name']}: {note}")
 
 
 def _climbed(

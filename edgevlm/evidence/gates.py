@@ -11,16 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgevlm.recipe import Gates
+from edgevlm.recipe import FLOORS, EvidenceOptions
 
 EAGER_MAX_ERROR = 1e-4
-FLOORS = frozenset({"cosine", "argmax_agreement", "token_agreement"})
-"""Gates whose bound is the least allowed; that of the others is the most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """How far a figure may go; `reason` says why that is further than usual."""
+
+    value: float
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """A bound and the figure held against it; `reason` says why the bound is looser than usual."""
+    """A figure held against its bound, and the bound's reason."""
 
     name: str
     measured: float
@@ -38,27 +44,27 @@ class Gate:
         return self.measured >= self.bound if self.is_floor else self.measured <= self.bound
 
 
-def limits(gates: Gates) -> dict[str, dict[str, float]]:
+def limits(options: EvidenceOptions) -> dict[str, dict[str, Bound]]:
     """The bounds of each kind of rung, from a recipe's."""
-    shared = {**gates.model_dump(), "flips": 0.0}
+    reasons = options.loosened
+    shared = {
+        name: Bound(value=value, reason=reasons.get(name))
+        for name, value in options.gates.model_dump().items()
+    }
+    shared["flips"] = Bound(value=0.0)
+    eager = Bound(value=min(options.gates.max_error, EAGER_MAX_ERROR))
     return {
-        "model": {**shared, "max_error": min(gates.max_error, EAGER_MAX_ERROR)},
+        "model": {**shared, "max_error": eager},
         "graph": shared,
         "runtime": {name: shared[name] for name in ("token_agreement", "accuracy_drop", "flips")},
     }
 
 
-def judge(
-    measured: Mapping[str, float], bounds: Mapping[str, float], loosened: Mapping[str, str]
-) -> tuple[Gate, ...]:
+def judge(measured: Mapping[str, float], bounds: Mapping[str, Bound]) -> tuple[Gate, ...]:
     """Hold figures such as `decoder.max_error` against the bounds they have."""
-    return tuple(
-        Gate(
-            name=name,
-            measured=value,
-            bound=bounds[name.split(".")[-1]],
-            reason=loosened.get(name.split(".")[-1]),
-        )
-        for name, value in measured.items()
-        if name.split(".")[-1] in bounds
-    )
+    gates = []
+    for name, value in measured.items():
+        bound = bounds.get(name.split(".")[-1])
+        if bound is not None:
+            gates.append(Gate(name=name, measured=value, bound=bound.value, reason=bound.reason))
+    return tuple(gates)

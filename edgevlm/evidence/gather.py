@@ -1,7 +1,7 @@
 """Gathers the evidence of one compile: climbs the ladder rung by rung, and stops at a failing gate.
 
-The order is chosen for memory: the reference first, then our model, each dropped before the next,
-then the graphs of one variant at a time.
+The order is chosen for memory, one copy of the weights at a time: the reference, then our model,
+then the graphs of one variant after the other.
 """
 
 from __future__ import annotations
@@ -24,79 +24,82 @@ from edgevlm.evidence.witness import Question, Witness
 from edgevlm.graphs import graph_file, module_of
 from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Vlm
-from edgevlm.plan import Plan, VariantPlan
+from edgevlm.plan import VariantPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is measured: a checkpoint, the model after its passes, and the graphs made of it.
+    """What is measured: a checkpoint, and the model made of it by the passes.
 
-    `spec` is the model's before any pass; `folder` holds a whole bundle. The keys name what the
-    witnesses of a stage depend on.
+    `spec` is the model's before any pass; `model` gives the model, and holds it until `release`.
+    The keys are hashes of all that the two depend on.
     """
 
     checkpoint: Checkpoint
     checkpoint_key: str
     spec: VlmSpec
     model: Callable[[], Vlm]
+    release: Callable[[], None]
     model_key: str
-    plan: Plan
-    folder: Path
-    graphs_key: str
 
 
-def gather(subject: Subject, climb: Climb) -> tuple[Rung, ...]:
-    """Climb the ladder of a compile; raise EvidenceError at the first rung whose gates fail."""
-    root = reference_witnesses(subject, climb)
-    rungs = [climb.root(root)]
-    ours = eager_witnesses(subject, climb, root)
-    rungs.append(climb.rung("ours", "model", "hf", root, ours, root))
-    demand(
-        rungs[-1], lambda: find_origin(subject.checkpoint, subject.spec, climb.exam.questions[0])
-    )
-    for variant in subject.plan.variants:
-        rungs += _variant_rungs(subject, climb, variant, root, ours)
-    return tuple(rungs)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEvidence:
+    """What the Hugging Face model and ours answered, and the rungs of the two."""
+
+    reference: Sequence[Witness]
+    ours: Sequence[Witness]
+    rungs: tuple[Rung, ...]
 
 
-def reference_witnesses(subject: Subject, climb: Climb) -> list[Witness]:
-    """What the Hugging Face model answers."""
-    return climb.witnesses("hf", subject.checkpoint_key, lambda: _referee(subject, climb))
+def model_evidence(subject: Subject, climb: Climb) -> ModelEvidence:
+    """Hold our model to the reference; raise EvidenceError where a gate fails."""
+    reference = climb.witnesses("hf", subject.checkpoint_key, lambda: _referee(subject, climb))
+    ours = climb.witnesses("ours", subject.model_key, lambda: _eager(subject, climb, reference))
+    root = climb.root(reference)
+    rung = climb.rung("ours", "model", "hf", reference, ours, reference)
+    demand(rung, lambda: _origin(subject, climb))
+    return ModelEvidence(reference=reference, ours=ours, rungs=(root, rung))
 
 
-def eager_witnesses(subject: Subject, climb: Climb, root: Sequence[Witness]) -> list[Witness]:
-    """What our model answers after its passes."""
-    return climb.witnesses("ours", subject.model_key, lambda: _eager(subject, climb, root))
-
-
-def _variant_rungs(
+def graph_evidence(
     subject: Subject,
     climb: Climb,
+    below: ModelEvidence,
     variant: VariantPlan,
-    root: Sequence[Witness],
-    ours: Sequence[Witness],
-) -> list[Rung]:
-    name = variant.target
-    key = f"{name} {subject.graphs_key}"
-    graphs = climb.witnesses(name, key, lambda: _graphs(subject, name, ours))
-    rung = climb.rung(name, "graph", "ours", ours, graphs, root, complete=False)
-    demand(rung, lambda: locate(subject, variant))
+    folder: Path,
+    files_key: str,
+) -> tuple[Rung, Rung]:
+    """Hold a variant's graphs to our model, and the runtime to the graphs.
+
+    `folder` holds a whole bundle, `files_key` is the hash of its content. Raises EvidenceError
+    where a gate fails.
+    """
+    name, root = variant.target, below.reference
+    graphs = climb.witnesses(name, files_key, lambda: _graphs(folder, name, below.ours))
+    rung = climb.rung(name, "graph", "ours", below.ours, graphs, root, complete=False)
+    demand(rung, lambda: _locate(subject, variant, folder))
     answers = climb.witnesses(
-        f"{name}/runtime",
-        key,
-        lambda: RuntimeWitness(subject.folder, name, climb.exam).answer,
+        f"{name}/runtime", files_key, lambda: RuntimeWitness(folder, name, climb.exam).answer
     )
     top = climb.rung(f"{name}/runtime", "runtime", name, graphs, answers, root)
-    demand(top, lambda: locate(subject, variant))
-    return [rung, top]
+    demand(top, lambda: _locate(subject, variant, folder))
+    return rung, top
 
 
-def locate(subject: Subject, variant: VariantPlan) -> Divergence | None:
+def _origin(subject: Subject, climb: Climb) -> Divergence | None:
+    """Bisect our model, before any pass, against the reference."""
+    subject.release()
+    return find_origin(subject.checkpoint, subject.spec, climb.exam.questions[0])
+
+
+def _locate(subject: Subject, variant: VariantPlan, folder: Path) -> Divergence | None:
     """Bisect the graphs of a variant in the order in which they run."""
     model = subject.model()
     for planned in variant.graphs:
-        made = module_of(model, variant, planned)
-        found = find_fault(made, subject.folder / graph_file(variant, planned))
+        found = find_fault(
+            module_of(model, variant, planned), folder / graph_file(variant, planned)
+        )
         if found is not None:
             return found
     return None
@@ -111,17 +114,17 @@ def _referee(subject: Subject, climb: Climb) -> Answerer:
     return answer
 
 
-def _eager(subject: Subject, climb: Climb, root: Sequence[Witness]) -> Answerer:
+def _eager(subject: Subject, climb: Climb, reference: Sequence[Witness]) -> Answerer:
     model = subject.model()
 
     def answer(number: int, question: Question) -> Witness:
-        return eager_witness(model, question, root[number], end_tokens=climb.exam.end_tokens)
+        return eager_witness(model, question, reference[number], end_tokens=climb.exam.end_tokens)
 
     return answer
 
 
-def _graphs(subject: Subject, variant: str, ours: Sequence[Witness]) -> Answerer:
-    witness = GraphWitness(subject.folder, variant)
+def _graphs(folder: Path, variant: str, ours: Sequence[Witness]) -> Answerer:
+    witness = GraphWitness(folder, variant)
 
     def answer(number: int, question: Question) -> Witness:
         return witness.answer(question, ours[number])

@@ -18,6 +18,7 @@ from edgevlm.cache import StageCache, digest
 from edgevlm.errors import EvidenceError
 from edgevlm.evidence.bisect import Divergence
 from edgevlm.evidence.exam import Exam
+from edgevlm.evidence.gates import Bound
 from edgevlm.evidence.rung import Rung, compare
 from edgevlm.evidence.witness import Question, Witness, load, save
 from edgevlm.progress import Progress
@@ -31,8 +32,7 @@ class Climb:
     """One ladder being climbed: what is asked, the limits, where witnesses are kept."""
 
     exam: Exam
-    bounds: Mapping[str, Mapping[str, float]]
-    loosened: Mapping[str, str]
+    bounds: Mapping[str, Mapping[str, Bound]]
     cache: StageCache
     progress: Progress
 
@@ -72,7 +72,6 @@ class Climb:
         root: Sequence[Witness],
         *,
         complete: bool = True,
-        notes: Sequence[str] = (),
     ) -> Rung:
         """Measure a rung; `complete` says that its answers are whole ones, which can be scored."""
         return compare(
@@ -83,10 +82,8 @@ class Climb:
             ours=ours,
             root=root,
             bounds=self.bounds[kind],
-            loosened=self.loosened,
             accuracy=self.exam.accuracy(ours) if complete else {},
             root_accuracy=self.exam.accuracy(root) if complete else {},
-            notes=notes,
         )
 
 

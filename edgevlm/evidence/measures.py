@@ -95,7 +95,8 @@ def logits_agreement(
         max_error=float(np.abs(want_RV - got_RV).max()),
         std=float(want_RV.std()),
         cosine=_cosine(want_RV.ravel(), got_RV.ravel()),
-        kl=max(0.0, float(kl)),
+        # Rounding may take it below zero; unlike `max`, this keeps a NaN.
+        kl=float(np.maximum(kl, 0.0)),
         argmax=float(1.0 - differs.mean()),
         rows=len(differs),
         ties=int(ties.sum()),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from edgevlm.evidence.gates import Gate, judge
+from edgevlm.evidence.gates import Bound, Gate, judge
 from edgevlm.evidence.measures import (
     LogitsAgreement,
     TensorAgreement,
@@ -37,7 +37,6 @@ class Rung:
     tokens: TokenAgreement | None = None
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     gates: tuple[Gate, ...] = ()
-    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[Gate, ...]:
@@ -64,11 +63,9 @@ def compare(
     reference: Sequence[Witness],
     ours: Sequence[Witness],
     root: Sequence[Witness],
-    bounds: Mapping[str, float],
-    loosened: Mapping[str, str],
+    bounds: Mapping[str, Bound],
     accuracy: Mapping[str, Any],
     root_accuracy: Mapping[str, Any],
-    notes: Sequence[str] = (),
 ) -> Rung:
     """Measure a rung's witnesses against its parent's; tokens and accuracy against the root's.
 
@@ -111,8 +108,7 @@ def compare(
         decoder=decoder,
         tokens=tokens,
         accuracy=accuracy,
-        gates=judge(measured, bounds, loosened),
-        notes=tuple(notes),
+        gates=judge(measured, bounds),
     )
 
 

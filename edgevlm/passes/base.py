@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from edgevlm.device import Device
     from edgevlm.model.spec import VlmSpec
     from edgevlm.model.vlm import Vlm
-    from edgevlm.samples import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ class Context:
     """
 
     device: Device
-    samples: Sequence[Sample] = ()
     seed: int = 0
     probe: Callable[[Vlm], Tensor] | None = None
 

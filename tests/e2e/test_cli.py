@@ -270,6 +270,20 @@ def test_broken_weights_are_refused_before_the_reference_reads_them(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "tiny"]
 
 
+def test_samples_that_do_not_fit_the_context_are_refused_at_once(
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = workshop / "narrow.yaml"
+    path.write_text("model: tiny\ndevice: host-cpu\ncontext: {capacity: 256}\n")
+    assert run(["compile", str(path), "--out", str(tmp_path / "bundle"), "--quiet"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path}:3:21: the evidence's longest sample takes 334 rows (302 of prompt, 32 of "
+        "answer), the context has 256\n"
+        "  hint: set context.capacity to at least 334, or choose other samples with evidence.data\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compile_prints_one_document(
     workshop: Path,
     cache: StageCache,

@@ -96,7 +96,7 @@ def test_a_killed_compile_leaves_nothing_and_the_next_one_resumes(
         "import edgevlm.compile as c\n"
         "from edgevlm.recipe import load_recipe\n"
         "def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "c.gather = kill\n"
+        "c.graph_evidence = kill\n"
         "c.compile_recipe(load_recipe(sys.argv[1]), Path(sys.argv[2]),"
         " cache=c.StageCache(root=Path(sys.argv[3])))\n"
     )

@@ -25,6 +25,11 @@ def test_native_resolution_with_windows_and_mrope(
     manifest = Bundle.open(out).manifest
     evidence = manifest.provenance["evidence"]
     assert evidence["samples"]["weights"] == "drawn"
+    # Scenes are square; one more sample is stretched to the other grid.
+    pictures = evidence["samples"]["pictures"]
+    assert {tuple(entry["grid"]) for entry in pictures} == {(16, 16), (12, 20)}
+    assert all(entry["count"] > 0 for entry in pictures)
+    assert evidence["samples"]["count"] == 4
     assert [rung["name"] for rung in evidence["rungs"]] == [
         "hf",
         "ours",

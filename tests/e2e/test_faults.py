@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 from edgevlm.cache import StageCache
 from edgevlm.compile import Job, file_entries
 from edgevlm.errors import EvidenceError
-from edgevlm.evidence.gather import gather
+from edgevlm.evidence.gather import graph_evidence, model_evidence
 from edgevlm.progress import Silent
 from edgevlm.recipe import load_recipe
 from tests.e2e.faults import shift_rotation, swap_weight, widen_epsilon
@@ -66,14 +65,11 @@ def test_the_report_names_the_site(
     _reseal(staged)
 
     job = Job(load_recipe(workshop / "recipe.yaml"), cache, Silent())
-    variants = tuple(v for v in job.plan.variants if v.target == target)
-    subject = dataclasses.replace(
-        job._subject(staged),
-        plan=dataclasses.replace(job.plan, variants=variants),
-        graphs_key=f"{target} with {fault}",
-    )
+    subject, climb = job.subject(), job.climb()
+    below = model_evidence(subject, climb)
+    variant = next(variant for variant in job.plan.variants if variant.target == target)
     with pytest.raises(EvidenceError) as failed:
-        gather(subject, job._climb())
+        graph_evidence(subject, climb, below, variant, staged, f"{target} with {fault}")
     assert failed.value.site == site
     assert failed.value.rung == target
     assert str(failed.value).startswith(f"{target} is not ours: ")

@@ -45,8 +45,7 @@ def test_everything_is_read() -> None:
         "image: {grids: [[4, 6], [8, 8]]}\n"
         "context: {capacity: 1_024}\n"
         "generation: {temperature: 0.5, top_k: 0x10, top_p: 9e-1, max_new_tokens: 7}\n"
-        "evidence: {samples: 3, gates: {kl: 1e-5}}\n"
-        "calibration: {samples: 5}\n"
+        "evidence: {samples: 3, data: photos, gates: {kl: 1e-5}}\n"
         "seed: 3\n"
     )
     assert recipe.targets == ("static", "ort")
@@ -56,6 +55,7 @@ def test_everything_is_read() -> None:
     generation = recipe.generation
     assert (generation.temperature, generation.top_k, generation.top_p) == (0.5, 16, 0.9)
     assert recipe.evidence.gates.kl == 1e-5
+    assert recipe.evidence.data == "photos"
     assert recipe.evidence.loosened == {}
     assert recipe.seed == 3
 
@@ -161,7 +161,8 @@ def test_dump_reads_back() -> None:
         ),
         (
             MINIMAL + "<<: {seed: 1}\n",
-            "recipe.yaml:3:1: unknown key '<<'",
+            "recipe.yaml:3:1: unknown key '<<'\n  hint: choose from 'model', 'revision', 'device', "
+            "'targets', 'dtype', 'passes', 'image', 'context', 'generation', 'evidence', 'seed'",
         ),
         (
             MINIMAL + "seed: !!python/name:os.system 1\n",

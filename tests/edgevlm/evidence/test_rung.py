@@ -9,13 +9,13 @@ import pytest
 
 from edgevlm.errors import EvidenceError
 from edgevlm.evidence.bisect import Divergence
-from edgevlm.evidence.gates import limits
+from edgevlm.evidence.gates import Bound, limits
 from edgevlm.evidence.ladder import demand
 from edgevlm.evidence.rung import Rung, compare
 from edgevlm.evidence.witness import Witness, load, save
-from edgevlm.recipe import Gates
+from edgevlm.recipe import EvidenceOptions, Gates
 
-GATES = Gates()
+OPTIONS = EvidenceOptions()
 
 
 def witness(answer: Sequence[int], *, noise: float = 0.0, margin: float = 1.0) -> Witness:
@@ -44,8 +44,7 @@ def rung(
         reference=reference,
         ours=ours,
         root=reference,
-        bounds=limits(GATES)[kind],
-        loosened={},
+        bounds=limits(OPTIONS)[kind],
         accuracy=mine,
         root_accuracy=theirs,
     )
@@ -101,7 +100,15 @@ def test_nan_fails() -> None:
     reference = [witness([1, 2, 3])]
     broken = witness([1, 2, 3])
     broken.logits[1, 1] = np.nan
-    assert "decoder.max_error" in failures(rung("graph", reference, [broken]))
+    assert {"decoder.max_error", "decoder.kl"} <= failures(rung("graph", reference, [broken]))
+
+
+def test_a_loosened_bound_keeps_its_reason_and_our_model_its_own_bound() -> None:
+    gates = Gates(max_error=0.5, cosine=0.9)
+    bounds = limits(EvidenceOptions(gates=gates, reason="int4 weights"))
+    assert bounds["graph"]["max_error"] == Bound(value=0.5, reason="int4 weights")
+    assert bounds["model"]["max_error"] == Bound(value=1e-4, reason=None)
+    assert bounds["graph"]["kl"] == Bound(value=1e-4, reason=None)
 
 
 def test_a_drop_of_accuracy_fails() -> None:
