@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from edgevlm_export.invariants import check
+from edgevlm_export.invariants import Stage, check
 from edgevlm_export.targets import Target
 
 
@@ -19,7 +19,8 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
         RemoveUnusedNodesPass()(lowered)
         if target.static_shapes:
             ShapeInferencePass()(lowered)
-        check(lowered, target, target.rewrites[:count])
+        done = target.rewrites[:count]
+        check(Stage(model=lowered, captured=model, target=target, done=done))
     for node in lowered.graph:
         lowered.opset_imports.setdefault(node.domain, 1)
     return lowered

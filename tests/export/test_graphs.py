@@ -176,6 +176,21 @@ def test_nodes_of_a_decoder_layer(folder: Path, tmp_path: Path, name: str, count
         assert sum(n.startswith("decoder.layers.0") for n in names) == count
 
 
+def test_nodes_of_a_vision_layer(folder: Path) -> None:
+    """Nothing is left that a fused op has room for: 10 nodes, and the last add with its bias."""
+    model = ir.load(folder / "tied" / "ort vision.onnx")
+    ops = Counter(n.op_type for n in model.graph if str(n.name).startswith("vision.layers.0"))
+    assert ops == {
+        "MatMul": 6,
+        "LayerNormalization": 1,
+        "SkipLayerNormalization": 1,
+        "MultiHeadAttention": 1,
+        "QuickGelu": 1,
+        # The bias of an activation without a fused form, and of a sum that no norm reads.
+        "Add": 3,
+    }
+
+
 def test_ort_step_in_chunks_through_one_buffer(folder: Path) -> None:
     """Present bound to past: three calls extend one cache, as decoding does."""
     model = model_of("tied")

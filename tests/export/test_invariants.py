@@ -10,9 +10,10 @@ import pytest
 
 from edgevlm_export.errors import ExportError
 from edgevlm_export.forms import FORMS
-from edgevlm_export.invariants import check
+from edgevlm_export.invariants import Stage, check
 from edgevlm_export.rewrites.fuse_bias import FuseBias
 from edgevlm_export.rewrites.lower_ops import LowerOps
+from edgevlm_export.taps import record_tap
 from edgevlm_export.targets import TARGETS
 from tests.export.running import parsed
 
@@ -28,16 +29,30 @@ def graph(body: str = "a = Relu(x) b = Neg(a) c = Add(b, small)") -> ir.Model:
     return model
 
 
-def violation(model: ir.Model, target: str, done: tuple[ir.passes.PassBase, ...] = LOWERED) -> str:
+def stage(
+    model: ir.Model,
+    target: str,
+    done: tuple[ir.passes.PassBase, ...] = LOWERED,
+    captured: ir.Model | None = None,
+) -> Stage:
+    return Stage(model=model, captured=captured or model, target=TARGETS[target], done=done)
+
+
+def violation(
+    model: ir.Model,
+    target: str,
+    done: tuple[ir.passes.PassBase, ...] = LOWERED,
+    captured: ir.Model | None = None,
+) -> str:
     with pytest.raises(ExportError) as caught:
-        check(model, TARGETS[target], done)
+        check(stage(model, target, done, captured))
     return str(caught.value)
 
 
 def test_a_clean_graph_passes() -> None:
     model = graph("a = Relu(x) c = Add(a, small)")
-    for target in TARGETS.values():
-        check(model, target, LOWERED)
+    for target in TARGETS:
+        check(stage(model, target))
 
 
 def test_foreign_op() -> None:
@@ -49,7 +64,7 @@ def test_foreign_op() -> None:
 
 def test_contrib_op_on_the_static_target() -> None:
     model = graph("a = Relu(x) b = com.microsoft.FastGelu(a) c = Add(b, small)")
-    check(model, TARGETS["ort"], LOWERED)
+    check(stage(model, "ort"))
     assert violation(model, "static", (*LOWERED, FuseBias())) == (
         "g: 'b' is com.microsoft::FastGelu, which the target 'static' does not take "
         "after FuseBias\n"
@@ -60,7 +75,7 @@ def test_contrib_op_on_the_static_target() -> None:
 def test_an_op_of_ours_may_stay_until_lowering() -> None:
     model = graph("a = Relu(x) c = Add(a, small)")
     next(iter(model.graph)).domain = "edgevlm"
-    check(model, TARGETS["ort"], ())
+    check(stage(model, "ort", ()))
     assert violation(model, "ort") == (
         "g: 'a' is edgevlm::Relu, which the target 'ort' does not take after LowerOps\n"
         "  hint: lower it to other ops, or add it to the ops of 'ort'"
@@ -90,7 +105,29 @@ def test_names(name: str, clause: str) -> None:
 def test_parts_and_plumbing_are_names(name: str) -> None:
     model = graph("a = Relu(x) c = Add(a, small)")
     rename(model, name)
-    check(model, TARGETS["ort"], LOWERED)
+    check(stage(model, "ort"))
+
+
+def test_a_site_must_keep_its_output() -> None:
+    captured = graph("a = Relu(x) b = Add(a, small) c = Add(b, small)")
+    model = graph("a = Relu(x) c = Add(a, small)")
+    assert violation(model, "ort", captured=captured) == (
+        "g: 'b' is a site whose output is lost after LowerOps\n"
+        "  hint: keep the name of the value, or record a tap that computes it again"
+    )
+    record_tap(model, "c", ["a"])
+    next(n for n in model.graph if n.name == "a").name = "b/relu"
+    record_tap(model, "b", ["a"], "small")
+    check(stage(model, "ort", captured=captured))
+
+
+def test_inputs_and_outputs_stay() -> None:
+    captured, model = (graph("a = Relu(x) c = Add(a, small)") for _ in range(2))
+    model.graph.inputs[0].shape = ir.Shape(["N", 16])
+    assert violation(model, "ort", captured=captured) == (
+        "g: 'g' had the inputs x FLOAT [2,16], and has x FLOAT [N,16] after LowerOps\n"
+        "  hint: a rewrite leaves what the host feeds and reads as it is"
+    )
 
 
 def set_dtype(value: ir.Value) -> None:
@@ -134,7 +171,7 @@ def test_values(change: Callable[[ir.Value], None], clause: str, hint: str) -> N
 def test_dynamic_shapes_are_for_other_targets() -> None:
     model = graph("a = Relu(x) c = Add(a, small)")
     set_dynamic(next(iter(model.graph)).outputs[0])
-    check(model, TARGETS["ort"], LOWERED)
+    check(stage(model, "ort"))
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])

@@ -1,7 +1,7 @@
 """onnxsim over a graph, kept where every site survives it.
 
 onnxsim folds constants and drops operations that do nothing. Its fusions are off: they merge nodes
-of several sites into new ones without a name, and an NPU compiler does its own. Weights stay out
+of several sites, or lose the value between them, and an NPU compiler does its own. Weights stay out
 of its sight, as if they were graph inputs, so that it neither copies nor merges them.
 """
 
@@ -15,6 +15,7 @@ import onnxsim
 from edgevlm_export.taps import tapped_sites
 
 _SKIPPED = (
+    "eliminate_consecutive_idempotent_ops",
     "fuse_add_bias_into_conv",
     "fuse_matmul_add_bias_into_gemm",
     "fuse_qkv",
@@ -43,7 +44,7 @@ class Simplify(ir.passes.FunctionalPass):
         known = {node.name for node in model.graph}
         is_same = is_valid and all(node.name in known for node in simplified.graph)
         if not is_same or tapped_sites(simplified) != tapped_sites(model):
-            logger.info("onnxsim loses sites of %s: kept as it is", model.graph.name)
+            logger.warning("onnxsim loses sites of %s: kept as it is", model.graph.name)
             kept = model.clone()
             kept.meta.update(model.meta)
             return ir.passes.PassResult(kept, False)
