@@ -17,6 +17,7 @@ from edgevlm_export.taps import tapped_sites
 _SKIPPED = (
     "eliminate_consecutive_idempotent_ops",
     "fuse_add_bias_into_conv",
+    "fuse_consecutive_reshapes",
     "fuse_matmul_add_bias_into_gemm",
     "fuse_qkv",
     "fuse_transpose_into_gemm",

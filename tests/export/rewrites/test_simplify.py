@@ -15,7 +15,7 @@ def graph(body: str) -> ir.Model:
     model = parsed(f"""<ir_version: 10, opset_import: ["" : 19]>
         g (float[2,16] x) => (float[2,32] c)
         <float[16,32] weight = {{{NUMBERS}}}, float one = {{1}}, float two = {{2}},
-         int64[2] same = {{2, 16}}>
+         int64[2] same = {{2, 16}}, int64[1] flat = {{32}}>
         {{ {body} }}""")
     model.metadata_props["edgevlm.tap.s"] = '{"parts": ["c"], "bias": null}'
     return model
@@ -58,3 +58,11 @@ def test_a_graph_that_would_lose_a_site_is_kept() -> None:
     result = Simplify()(model)
     assert not result.modified
     assert nodes(result.model) == before
+
+
+def test_a_site_between_two_reshapes_stays() -> None:
+    """As norms of heads have it: flat rows leave a site, and become heads again."""
+    model = graph("a = Reshape(x, flat) b = Reshape(a, same) c = MatMul(b, weight)")
+    result = Simplify()(model)
+    assert result.modified
+    assert nodes(result.model) == nodes(model)
