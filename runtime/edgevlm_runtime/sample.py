@@ -1,13 +1,21 @@
 """Choosing the next token from a row of logits.
 
-A vocabulary has 50,000 to 250,000 entries and there are milliseconds per token, so nothing here
-sorts it. Logits are looked at as 64 rows of columns: none of the k largest entries is smaller than
-the k-th largest of the columns' maxima, and an inverse-CDF draw first chooses a column by its sum.
+A vocabulary has 50,000 to 250,000 entries, so nothing here sorts it: none of the k largest entries
+is smaller than the k-th largest of the columns' maxima, with the logits laid out as 64 rows.
+
+After a decode step the caches are cold, and then every numpy function that is called costs 20 us
+for its code alone. So numpy does what runs over the whole vocabulary, and plain lists the rest.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import itemgetter
+from random import Random
 
 import numpy as np
 
@@ -15,8 +23,14 @@ from edgevlm_runtime.engine import Array
 from edgevlm_runtime.errors import EngineError, InputError
 
 _ROWS = 64
+# Entries whose weights are added up first where all tokens may be drawn.
+_BLOCK = 256
 # First guess of how many tokens hold the probability mass top_p; it grows until they do.
 _NUCLEUS = 64
+# Logits are divided by the temperature in float32, where a smaller one would be 0.
+_COLDEST = 1e-30
+
+# V vocabulary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,83 +67,95 @@ class Sampler:
     def __init__(self, sampling: Sampling, seed: int | None = None) -> None:
         """Without a seed, draws differ from run to run."""
         self._sampling = sampling
-        self._random = np.random.default_rng(seed)
+        self._temperature = max(sampling.temperature, _COLDEST)
+        self._random = Random(seed)
+        self._scratch = np.empty(0, np.float32)
 
     def draw(self, logits: Array) -> int:
-        """The next token from logits [V]; raises EngineError where they are not finite."""
+        """The next token from logits float32 [V]; raises EngineError where they are not finite."""
         best = int(logits.argmax())
+        top = float(logits[best])
         # argmax finds a NaN before any number, so one look tells.
-        if not np.isfinite(logits[best]):
+        if not math.isfinite(top):
             raise EngineError(
-                f"the model gave {logits[best]} as a logit (token {best})",
+                f"the model gave {top} as a logit (token {best})",
                 hint="check the bundle with edgevlm inspect, or compile it without low precision",
             )
-        if self._sampling.temperature == 0:
-            return best
-        ids, weights = self._choice(logits, logits[best])
-        return _drawn(ids, weights, self._random.random())
-
-    def _choice(self, logits: Array, best: np.floating) -> tuple[Array | None, Array]:
-        """The tokens to choose among (None: all) and their unnormalised probabilities."""
         sampling = self._sampling
+        if sampling.temperature == 0:
+            return best
         if sampling.top_k is not None and sampling.top_k < len(logits):
-            ids = largest(logits, sampling.top_k)
-            weights = np.exp((logits[ids] - best) / sampling.temperature)
-            if sampling.top_p is None:
-                return ids, weights
-            size = _nucleus(weights, sampling.top_p * weights.sum())
-            return ids[:size], weights[:size]
-        weights = np.exp((logits - best) / np.float32(sampling.temperature))
-        if sampling.top_p is None or sampling.top_p == 1:
-            return None, weights
-        mass, size = sampling.top_p * weights.sum(dtype=np.float64), _NUCLEUS
+            likeliest = largest(logits, sampling.top_k)
+            weights = self._weights(likeliest, top)
+            if sampling.top_p is not None:
+                weights = weights[: _nucleus(weights, sampling.top_p * sum(weights))]
+        elif sampling.top_p is not None and sampling.top_p < 1:
+            likeliest, weights = self._nucleus_of_all(logits, top, sampling.top_p)
+        else:
+            return self._draw_of_all(logits, top)
+        place, _ = _place(weights, self._random.random())
+        return likeliest[place][1]
+
+    def _weights(self, entries: Sequence[tuple[float, int]], top: float) -> list[float]:
+        """The unnormalised probabilities of some logits."""
+        return [math.exp((logit - top) / self._temperature) for logit, _ in entries]
+
+    def _weights_of_all(self, logits: Array, top: float) -> Array:
+        """The unnormalised probabilities [V] of all, in an array that the next draw overwrites."""
+        if len(self._scratch) != len(logits):
+            self._scratch = np.empty(len(logits), np.float32)
+        weights = np.subtract(logits, top, out=self._scratch)
+        weights /= self._temperature
+        return np.exp(weights, out=weights)
+
+    def _nucleus_of_all(
+        self, logits: Array, top: float, top_p: float
+    ) -> tuple[list[tuple[float, int]], list[float]]:
+        """The fewest tokens that hold the probability mass, and their probabilities."""
+        mass, count = top_p * float(self._weights_of_all(logits, top).sum()), _NUCLEUS
         while True:
-            ids = largest(logits, min(size, len(logits)))
-            enough = _nucleus(weights[ids], mass)
-            if enough < size:
-                return ids[:enough], weights[ids[:enough]]
-            size *= 8
+            likeliest = largest(logits, count)
+            weights = self._weights(likeliest, top)
+            size = _nucleus(weights, mass)
+            if size <= count or count >= len(logits):
+                return likeliest, weights[:size]
+            count *= 8
+
+    def _draw_of_all(self, logits: Array, top: float) -> int:
+        """A token by its weight: first a block of the vocabulary, then an entry of it."""
+        weights = self._weights_of_all(logits, top)
+        blocks = np.add.reduceat(weights, range(0, len(weights), _BLOCK))
+        block, share = _place(blocks.tolist(), self._random.random())
+        begin = block * _BLOCK
+        place, _ = _place(weights[begin : begin + _BLOCK].tolist(), share)
+        return begin + place
 
 
-def largest(logits: Array, count: int) -> Array:
-    """Ids of the `count` largest entries, largest first, equal ones by lowest id."""
-    num_columns = len(logits) // _ROWS
+def largest(logits: Array, count: int) -> list[tuple[float, int]]:
+    """The `count` largest entries with their ids, largest first, equal ones by lowest id."""
     if count >= len(logits):
         ids = np.arange(len(logits))
     else:
         # The largest maxima are as many entries of different columns: a bound from below.
+        num_columns = len(logits) // _ROWS
         table = logits[: _ROWS * num_columns].reshape(_ROWS, num_columns)
-        sample = table.max(axis=0) if count < num_columns else logits
-        ids = np.flatnonzero(logits >= np.partition(sample, -count)[-count])
-    values = logits[ids]
-    return ids[np.lexsort((ids, -values))][:count]
+        sample = np.maximum.reduce(table) if count < num_columns else logits.copy()
+        sample.partition(-count)
+        ids = (logits >= sample[-count]).nonzero()[0]
+    entries = zip(logits[ids].tolist(), ids.tolist(), strict=True)
+    # Sorting is stable, so that equal ones stay in the order of their ids.
+    return sorted(entries, key=itemgetter(0), reverse=True)[:count]
 
 
-def _nucleus(weights: Array, mass: float) -> int:
-    """How many of the sorted weights reach the mass; one more than there are if none do."""
-    return int(np.searchsorted(np.cumsum(weights, dtype=np.float64), mass)) + 1
+def _nucleus(weights: Sequence[float], mass: float) -> int:
+    """How many of the sorted weights reach the mass: all where none do."""
+    return bisect_left(list(accumulate(weights)), mass) + 1
 
 
-def _drawn(ids: Array | None, weights: Array, uniform: float) -> int:
-    """The token at a fraction of the whole weight."""
-    if ids is not None:
-        return int(ids[_at(np.cumsum(weights, dtype=np.float64), uniform)])
-    num_columns = len(weights) // _ROWS
-    table = weights[: _ROWS * num_columns].reshape(_ROWS, num_columns)
-    rest = weights[_ROWS * num_columns :]
-    # Columns, then single entries of the rest.
-    cumulated = np.cumsum(np.concatenate([table.sum(axis=0), rest]), dtype=np.float64)
-    place = _at(cumulated, uniform)
-    if place >= num_columns:
-        return _ROWS * num_columns + place - num_columns
-    before = cumulated[place - 1] if place else 0.0
-    column = np.cumsum(table[:, place], dtype=np.float64)
-    left = uniform * cumulated[-1] - before
-    row = min(int(np.searchsorted(column, left, side="right")), int(column.argmax()))
-    return row * num_columns + place
-
-
-def _at(cumulated: Array, uniform: float) -> int:
-    """The entry in which a fraction of the last value falls."""
-    place = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
-    return min(place, len(cumulated) - 1)
+def _place(weights: Sequence[float], share: float) -> tuple[int, float]:
+    """The entry in which a share of the whole weight falls, and what share of that entry it is."""
+    ends = list(accumulate(weights))
+    mass = share * ends[-1]
+    # No later than the last entry that has a weight, whatever rounding says.
+    place = min(bisect_right(ends, mass), bisect_left(ends, ends[-1]))
+    return place, (mass - (ends[place] - weights[place])) / weights[place]
