@@ -28,47 +28,50 @@ class Emission:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        self._decoded = ""
-        self._emitted = 0
+        self._pieces: list[str] = []
+        self._held = ""
         self.stopped = False
 
     @property
     def text(self) -> str:
         """What was emitted so far."""
-        return self._decoded[: self._emitted]
+        return "".join(self._pieces)
 
     def push(self, token: int) -> str:
         """Take a token, give the text that is certain now."""
         piece = self._stream.step(self._tokenizer, token)
         if piece is None:
             return ""
-        self._decoded += piece
-        return self._emit(hold_back=True)
+        text = self._held + piece
+        end = self._end(text) if self._stop else len(text)
+        self._held = text[end:]
+        self._pieces.append(text[:end])
+        return self._pieces[-1]
 
     def finish(self, tokens: Sequence[int]) -> str:
         """Give what was held back, after the last of all `tokens`."""
         if self.stopped:
             return ""
+        decoded = self.text + self._held
         whole = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         # The stream keeps half a character to itself; at the end it becomes a replacement mark.
-        if whole.startswith(self._decoded):
-            self._decoded = whole
-        return self._emit(hold_back=False)
+        rest = self._held + whole[len(decoded) :] if whole.startswith(decoded) else self._held
+        end = self._found(rest)
+        self._pieces.append(rest[:end])
+        return self._pieces[-1]
 
-    def _emit(self, *, hold_back: bool) -> str:
-        """Emit up to a stop string, or up to what could become one."""
-        begin, end = self._emitted, len(self._decoded)
-        found = [place for stop in self._stop if (place := self._decoded.find(stop, begin)) >= 0]
-        if found:
-            end, self.stopped = min(found), True
-        elif hold_back and self._stop:
-            end -= self._held(begin)
-        self._emitted = end
-        return self._decoded[begin:end]
+    def _end(self, text: str) -> int:
+        """Where text that is not emitted yet stops being certain: at what may be a stop string."""
+        end = self._found(text)
+        if self.stopped:
+            return end
+        for size in range(min(self._longest - 1, end), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop):
+                return end - size
+        return end
 
-    def _held(self, begin: int) -> int:
-        """How much of the end, after `begin`, is the beginning of a stop string."""
-        for size in range(min(self._longest - 1, len(self._decoded) - begin), 0, -1):
-            if any(stop.startswith(self._decoded[-size:]) for stop in self._stop):
-                return size
-        return 0
+    def _found(self, text: str) -> int:
+        """Where the first stop string begins, which ends the text, else the end of the text."""
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        self.stopped = bool(places)
+        return min(places, default=len(text))
