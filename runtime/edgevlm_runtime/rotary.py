@@ -27,14 +27,16 @@ class RotaryTable:
         self._cos, self._sin = self._rows(np.tile(whole[:, None], self.num_axes))
 
     def fill(self, positions: Array, cos: Array, sin: Array) -> None:
-        """Write rows 0 to T - 1 of `cos` and `sin` for positions [T, axes]."""
+        """Write rows 0 to T - 1 of `cos` and `sin` for positions float64 [T, axes]."""
         num_rows = len(positions)
-        first = positions[0, 0]
-        whole = 0 <= first < len(self._cos) and first == int(first)
-        if num_rows == 1 and whole and (positions[0] == first).all():
-            cos[0], sin[0] = self._cos[int(first)], self._sin[int(first)]
-        else:
-            cos[:num_rows], sin[:num_rows] = self._rows(positions)
+        if num_rows == 1:
+            axes = positions[0].tolist()
+            first = axes[0]
+            whole = 0 <= first < len(self._cos) and first.is_integer()
+            if whole and axes.count(first) == len(axes):
+                cos[0], sin[0] = self._cos[int(first)], self._sin[int(first)]
+                return
+        cos[:num_rows], sin[:num_rows] = self._rows(positions)
 
     def _rows(self, positions: Array) -> tuple[Array, Array]:
         """Compute [T, F] from positions [T, axes]; frequency f turns with axis sections[f]."""

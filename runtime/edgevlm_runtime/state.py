@@ -18,6 +18,7 @@ finite numbers. Rows of padding come last and are never committed.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,11 @@ from edgevlm_runtime.manifest import StateGroup, StateTensor
 
 
 class Block(Protocol):
-    """Like tensors of one group, in arrays with a leading axis N."""
+    """Like tensors of one group, in arrays with a leading axis N.
+
+    `used` is always the number of rows of the group before the call, or to go back to. A block that
+    remembers no earlier row can still go back to 0.
+    """
 
     tensors: tuple[StateTensor, ...]
 
@@ -46,15 +51,15 @@ class Block(Protocol):
         ...
 
     def commit(self, written: Array | None, used: int, num_rows: int) -> None:
-        """Take the first rows of a call over, after `used` rows."""
+        """Take over the first rows of a call, out of what `writes` has given for it."""
         ...
 
     def remembers(self, used: int) -> bool:
-        """Whether it can go back to `used` rows."""
+        """Whether it can go back to `used` rows, more than none."""
         ...
 
     def rewind(self, used: int) -> None:
-        """Go back to `used` rows that it remembers."""
+        """Go back to `used` rows that it remembers, or to none."""
         ...
 
     def fork(self, used: int) -> Block:
@@ -62,8 +67,11 @@ class Block(Protocol):
         ...
 
 
-class InplaceBlock:
-    """`kv_inplace`: the graph extends the cache it reads."""
+class CacheBlock:
+    """`kv_inplace` and `kv_delta`: slots in order. What lies beyond the used ones is never read.
+
+    A graph writes its new rows into the cache that it reads, or returns them for the next slots.
+    """
 
     def __init__(self, tensors: tuple[StateTensor, ...]) -> None:
         """Start with empty slots."""
@@ -75,62 +83,29 @@ class InplaceBlock:
         return self._array
 
     def writes(self, num_rows: int) -> Array | None:
-        """The cache, too."""
-        return self._array
+        """The cache, too, or T new rows."""
+        inplace = self.tensors[0].kind == "kv_inplace"
+        return self._array if inplace else _zeros(self.tensors, num_rows)
 
     def commit(self, written: Array | None, used: int, num_rows: int) -> None:
-        """The graph has done it."""
+        """Copy the rows that the graph has not put there itself."""
+        if written is not None and written is not self._array:
+            rows = written[_slots(self.tensors, slice(num_rows))]
+            self._array[_slots(self.tensors, slice(used, used + num_rows))] = rows
 
     def remembers(self, used: int) -> bool:
         """Any length."""
         return True
 
     def rewind(self, used: int) -> None:
-        """What lies beyond the used slots is never read."""
+        """Nothing is to be done."""
 
-    def fork(self, used: int) -> InplaceBlock:
-        """Copy the used slots."""
-        copy = InplaceBlock(self.tensors)
+    def fork(self, used: int) -> CacheBlock:
+        """Copy the used slots; the others stay memory that nobody has touched."""
+        forked = CacheBlock(self.tensors)
         slots = _slots(self.tensors, slice(used))
-        copy._array[slots] = self._array[slots]
-        return copy
-
-
-class DeltaBlock:
-    """`kv_delta`: the graph returns new rows, the host puts them into the next slots."""
-
-    def __init__(self, tensors: tuple[StateTensor, ...]) -> None:
-        """Start with empty slots."""
-        self.tensors = tensors
-        self._array = _zeros(tensors)
-
-    def reads(self) -> Array:
-        """The cache."""
-        return self._array
-
-    def writes(self, num_rows: int) -> Array | None:
-        """T new rows."""
-        return _zeros(self.tensors, num_rows)
-
-    def commit(self, written: Array | None, used: int, num_rows: int) -> None:
-        """Copy the rows."""
-        assert written is not None, "a delta is written"
-        rows = written[_slots(self.tensors, slice(num_rows))]
-        self._array[_slots(self.tensors, slice(used, used + num_rows))] = rows
-
-    def remembers(self, used: int) -> bool:
-        """Any length."""
-        return True
-
-    def rewind(self, used: int) -> None:
-        """The mask closes what lies beyond the used slots."""
-
-    def fork(self, used: int) -> DeltaBlock:
-        """Copy the used slots."""
-        copy = DeltaBlock(self.tensors)
-        slots = _slots(self.tensors, slice(used))
-        copy._array[slots] = self._array[slots]
-        return copy
+        forked._array[slots] = self._array[slots]
+        return forked
 
 
 class WindowBlock:
@@ -140,7 +115,7 @@ class WindowBlock:
         """Start with an empty ring."""
         self.tensors = tensors
         self._array = _zeros(tensors)
-        self._window = self._array.shape[tensors[0].axis + 1]
+        self._window = tensors[0].shape[tensors[0].axis]
         self._first, self._end = 0, 0
         self._overwritten = self._array[:0]
 
@@ -163,22 +138,19 @@ class WindowBlock:
 
     def remembers(self, used: int) -> bool:
         """Rows of the last call."""
-        return used == 0 or self._first <= used <= self._end
+        return self._first <= used <= self._end
 
     def rewind(self, used: int) -> None:
         """Put back what the last call has overwritten from row `used` on."""
-        if 0 < used < self._end:
+        if used:
             kept = slice(used - self._first, self._end - self._first)
             slots = self._slots_of(used, self._end)
             self._array[slots] = self._overwritten[_slots(self.tensors, kept)]
         self._end = used
 
     def fork(self, used: int) -> WindowBlock:
-        """Copy the ring; the copy cannot go back behind this point."""
-        copy = WindowBlock(self.tensors)
-        copy._array[...] = self._array
-        copy._first, copy._end = used, used
-        return copy
+        """Copy everything."""
+        return copy.deepcopy(self)
 
     def _slots_of(self, first: int, end: int) -> tuple[slice | Array, ...]:
         return _slots(self.tensors, np.arange(first, end) % self._window)
@@ -191,9 +163,9 @@ class ConvBlock:
         """Start with columns of zeros."""
         self.tensors = tensors
         self._array = _zeros(tensors)
-        self._width = self._array.shape[tensors[0].axis + 1]
-        self._last = (0, 0)
-        self._wide: Array | None = None
+        self._num_columns = tensors[0].shape[tensors[0].axis]
+        self._first, self._end = 0, 0
+        self._wide = self._array
 
     def reads(self) -> Array:
         """The columns."""
@@ -201,39 +173,33 @@ class ConvBlock:
 
     def writes(self, num_rows: int) -> Array | None:
         """K - 1 + T columns."""
-        return _zeros(self.tensors, self._width + num_rows)
+        return _zeros(self.tensors, self._num_columns + num_rows)
 
     def commit(self, written: Array | None, used: int, num_rows: int) -> None:
         """Keep the columns that end with the last committed row."""
         assert written is not None, "columns are written"
-        self._last, self._wide = (used, used + num_rows), written
+        self._first, self._end, self._wide = used, used + num_rows, written
         self._keep(num_rows)
 
     def remembers(self, used: int) -> bool:
         """Rows of the last call."""
-        begin, end = self._last
-        return used == 0 or begin <= used <= end
+        return self._first <= used <= self._end
 
     def rewind(self, used: int) -> None:
         """Keep the columns that end with an earlier row of the last call."""
-        begin, end = self._last
-        if used == 0:
+        if used:
+            self._keep(used - self._first)
+        else:
             self._array[...] = 0
-            self._last = (0, 0)
-        elif used < end:
-            self._keep(used - begin)
-            self._last = (begin, used)
+            self._first = 0
+        self._end = used
 
     def fork(self, used: int) -> ConvBlock:
-        """Copy the columns; the copy cannot go back behind this point."""
-        copy = ConvBlock(self.tensors)
-        copy._array[...] = self._array
-        copy._last = (used, used)
-        return copy
+        """Copy everything."""
+        return copy.deepcopy(self)
 
     def _keep(self, num_rows: int) -> None:
-        assert self._wide is not None, "a call was made"
-        columns = slice(num_rows, num_rows + self._width)
+        columns = slice(num_rows, num_rows + self._num_columns)
         self._array[...] = self._wide[_slots(self.tensors, columns)]
 
 
@@ -244,7 +210,7 @@ class RecurrentBlock:
         """Start with zeros."""
         self.tensors = tensors
         self._pair = (_zeros(tensors), _zeros(tensors))
-        self._last = (0, 0)
+        self._first, self._end = 0, 0
         self.turn = 0
 
     def reads(self) -> Array:
@@ -258,27 +224,23 @@ class RecurrentBlock:
     def commit(self, written: Array | None, used: int, num_rows: int) -> None:
         """Change places."""
         self.turn = 1 - self.turn
-        self._last = (used, used + num_rows)
+        self._first, self._end = used, used + num_rows
 
     def remembers(self, used: int) -> bool:
         """The two ends of the last call."""
-        return used == 0 or used in self._last
+        return used in (self._first, self._end)
 
     def rewind(self, used: int) -> None:
         """Change places back."""
-        begin, end = self._last
         if used == 0:
             self._pair[self.turn][...] = 0
-        elif begin == used < end:
+        elif used < self._end:
             self.turn = 1 - self.turn
-        self._last = (used, used)
+        self._first = self._end = used
 
     def fork(self, used: int) -> RecurrentBlock:
-        """Copy the state; the copy cannot go back behind this point."""
-        copy = RecurrentBlock(self.tensors)
-        copy._pair[0][...] = self.reads()
-        copy._last = (used, used)
-        return copy
+        """Copy everything."""
+        return copy.deepcopy(self)
 
 
 class ConstBlock:
@@ -308,27 +270,27 @@ class ConstBlock:
         """It does not change."""
 
     def fork(self, used: int) -> ConstBlock:
-        """A prompt of the copy may bring another memory."""
-        copy = ConstBlock(self.tensors)
-        copy._array[...] = self._array
-        return copy
+        """Copy it: a prompt of the copy may bring another memory."""
+        return copy.deepcopy(self)
 
     def set(self, values: Mapping[str, Array]) -> None:
         """Take the named outputs of graphs that ran before."""
         for tensor, array in zip(self.tensors, self._array, strict=True):
-            if tensor.output in values:
-                if values[tensor.output].shape != array.shape:
-                    raise EngineError(
-                        f"state {tensor.name!r} has shape {list(array.shape)}, output "
-                        f"{tensor.output!r} gave {list(values[tensor.output].shape)}",
-                        hint="compile the bundle again",
-                    )
-                array[...] = values[tensor.output]
+            value = values.get(tensor.output)
+            if value is None:
+                continue
+            if value.shape != array.shape:
+                raise EngineError(
+                    f"state {tensor.name!r} has shape {list(array.shape)}, output "
+                    f"{tensor.output!r} gave {list(value.shape)}",
+                    hint="compile the bundle again",
+                )
+            array[...] = value
 
 
 KINDS: Mapping[str, Callable[[tuple[StateTensor, ...]], Block]] = {
-    "kv_inplace": InplaceBlock,
-    "kv_delta": DeltaBlock,
+    "kv_inplace": CacheBlock,
+    "kv_delta": CacheBlock,
     "kv_window": WindowBlock,
     "conv": ConvBlock,
     "ssm": RecurrentBlock,

@@ -7,7 +7,7 @@ graph that its phase and number of rows ask for, and all graphs share the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,11 +15,12 @@ from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.decode.feeds import CallRows
 from edgevlm_runtime.decode.groups import Group
 from edgevlm_runtime.decode.protocol import Cancelled, Prompt, Step
+from edgevlm_runtime.decode.schedule import Calls, Schedule
 from edgevlm_runtime.decode.step_graph import BoundStep, StepGraph
 from edgevlm_runtime.engine import Array, Engines
 from edgevlm_runtime.engines.table import EmbeddingTable
 from edgevlm_runtime.errors import BundleError, EngineError, InputError
-from edgevlm_runtime.manifest import StateGroup
+from edgevlm_runtime.manifest import GraphSpec, StateGroup
 from edgevlm_runtime.rotary import RotaryTable
 from edgevlm_runtime.state import ConstBlock, RecurrentBlock, check_memory
 
@@ -40,27 +41,24 @@ def open_decoder(
             f"variant {bundle.variant_name!r} has no graph of role {role!r}",
             hint=f"it has {', '.join(sorted({repr(graph.role) for graph in variant.graphs}))}",
         )
-    steps = [StepGraph(bundle, engines, graph) for graph in graphs]
     sources = {tensor.source for graph in graphs for tensor in graph.inputs}
     specs = [
         group
         for group in variant.state
         if any(f"state:{tensor.name}" in sources for tensor in group.tensors)
     ]
-    _check_state(steps, specs)
+    _check_state(graphs, specs)
     check_memory(specs)
+    state_outputs = {tensor.output for group in specs for tensor in group.tensors}
+    steps = [StepGraph(bundle, engines, graph, state_outputs) for graph in graphs]
+    groups = [Group(spec) for spec in specs]
     rotary = None
     if variant.rope is not None:
         longest = max((group.capacity for group in specs), default=variant.max_positions)
         rotary = RotaryTable(variant.rope, min(longest, variant.max_positions))
     axes = 1 if rotary is None else rotary.num_axes
-    return StepDecoder(
-        steps,
-        [Group(spec) for spec in specs],
-        table,
-        rotary,
-        np.zeros((variant.max_positions + 1, axes)),
-    )
+    positions = np.repeat(np.arange(variant.max_positions + 1.0)[:, None], axes, axis=1)
+    return StepDecoder(Schedule(steps, groups), groups, table, rotary, positions)
 
 
 class StepDecoder:
@@ -68,21 +66,25 @@ class StepDecoder:
 
     def __init__(
         self,
-        steps: Sequence[StepGraph],
+        schedule: Schedule,
         groups: Sequence[Group],
         table: EmbeddingTable,
         rotary: RotaryTable | None,
         positions: Array,
         length: int = 0,
     ) -> None:
-        """Row r of `positions` is the position of row r; the row after the last is the next one."""
-        self._steps, self._groups, self._table, self._rotary = steps, groups, table, rotary
-        self._positions = positions
-        self._length = length
-        self._bound: dict[tuple[object, ...], BoundStep] = {}
+        """Row r of `positions` float64 [rows + 1, axes] is the position of row r.
+
+        Those from `length` on count on by one: what a row after the prompt gets is there already.
+        """
+        self._schedule, self._groups, self._table, self._rotary = schedule, groups, table, rotary
+        self._limited = [group for group in groups if group.limited]
         self._recurrent = [
             block for group in groups for block in group.blocks if isinstance(block, RecurrentBlock)
         ]
+        self._positions = positions
+        self._length = self._counting_from = length
+        self._bound: dict[tuple[object, ...], BoundStep] = {}
 
     @property
     def length(self) -> int:
@@ -92,35 +94,37 @@ class StepDecoder:
     @property
     def capacity(self) -> int:
         """Rows that fit, those consumed included."""
-        free = [len(self._positions) - 1 - self._length]
-        free += [group.free(self._length) for group in self._groups if group.limited]
-        return self._length + min(free)
+        free = [group.capacity - group.used for group in self._limited]
+        return min([len(self._positions) - 1, *(self._length + slots for slots in free)])
 
     def load(self) -> None:
         """Load the graphs of a long prompt and of a token after it."""
-        for step in (self._choose("prefill", self.capacity), self._choose("decode", 1)):
-            step.engines.open(step.graph)
+        for phase, num_rows in (("prefill", self.capacity), ("decode", 1)):
+            self._schedule.graph(phase, num_rows).load()
 
     def check_prompt(self, num_rows: int) -> None:
         """Raise InputError where a prompt does not fit, and say by how much."""
-        self._check_room("prefill", list(self._chunks("prefill", num_rows, every=False)))
+        self._check_room(self._schedule.calls("prefill", num_rows, every=False))
 
     def prefill(self, prompt: Prompt, *, cancelled: Callable[[], bool] | None = None) -> Step:
         """Consume a prompt in chunks; logits of its last row."""
-        num_rows, axes = len(prompt.embeds), self._positions.shape[1]
+        num_rows = len(prompt.embeds)
         if num_rows == 0:
             raise InputError("prompt has no rows", hint="give at least one token")
+        calls = self._schedule.calls("prefill", num_rows, every=False)
+        self._check_room(calls)
         for group in self._groups:
             for block in group.blocks:
                 if isinstance(block, ConstBlock):
                     block.set(prompt.values)
-        positions = np.asarray(prompt.positions).T.reshape(num_rows, -1)
-        positions = np.broadcast_to(positions, (num_rows, axes))
-        step = self._consume(
-            "prefill", prompt.embeds, positions, [num_rows - 1], prompt.values, cancelled
-        )
-        self._positions[self._length] = prompt.next_position
-        return step
+        end = self._length + num_rows
+        self._positions[self._length : end] = np.asarray(prompt.positions).T.reshape(num_rows, -1)
+        self._count_on(end, prompt.next_position)
+        try:
+            return self._consume(calls, prompt.embeds, (num_rows - 1,), prompt.values, cancelled)
+        finally:
+            if self._length < end:  # cancelled or failed on the way
+                self._count_on(self._length, self._positions[self._length])
 
     def extend(
         self,
@@ -131,11 +135,14 @@ class StepDecoder:
     ) -> Step:
         """Consume tokens; logits of `rows` of them (ascending), of all by default."""
         num_rows = len(tokens)
+        if num_rows == 0:
+            raise InputError("call has no tokens", hint="give at least one token")
+        wanted = tuple(range(num_rows)) if rows is None else _wanted(rows, num_rows)
         phase = "decode" if num_rows == 1 else "verify"
-        positions = self._positions[self._length] + np.arange(num_rows)[:, None]
-        wanted = range(num_rows) if rows is None else rows
-        embeds = self._table.rows(np.asarray(tokens))
-        return self._consume(phase, embeds, positions, wanted, values or {}, None)
+        calls = self._schedule.calls(phase, num_rows, every=len(wanted) > 1)
+        self._check_room(calls)
+        embeds = self._table.row(tokens[0]) if num_rows == 1 else self._table.rows(tokens)
+        return self._consume(calls, embeds, wanted, values or {})
 
     def rewind(self, length: int) -> None:
         """Forget all rows from `length` on."""
@@ -150,42 +157,40 @@ class StepDecoder:
             for group in self._groups:
                 group.rewind(length)
             self._length = length
+        if length < self._counting_from:
+            self._count_on(length, self._positions[length])
 
     def fork(self) -> StepDecoder:
         """An independent decoder in the same state, on the same loaded graphs."""
-        groups = [group.fork(self._length) for group in self._groups]
-        positions = self._positions.copy()
-        return StepDecoder(self._steps, groups, self._table, self._rotary, positions, self._length)
+        groups = [group.fork() for group in self._groups]
+        return StepDecoder(
+            self._schedule,
+            groups,
+            self._table,
+            self._rotary,
+            self._positions.copy(),
+            self._length,
+        )
 
     def _consume(
         self,
-        phase: str,
+        calls: Calls,
         embeds: Array,
-        positions: Array,
-        wanted: Sequence[int],
+        wanted: tuple[int, ...],
         values: Mapping[str, Array],
-        cancelled: Callable[[], bool] | None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Step:
-        """Run rows [T, W] at positions [T, axes] in as few calls as the graphs allow."""
-        num_rows = len(embeds)
-        chunks = list(self._chunks(phase, num_rows, every=len(wanted) > 1))
-        self._check_room(phase, chunks)
+        """Run rows [T, W], which fit, in the calls that were planned for them."""
+        if len(calls.chunks) == 1:
+            return self._run(calls.chunks[0][0], embeds, wanted, values)
         begin, steps = 0, []
-        for step, size in chunks:
+        for step, size in calls.chunks:
             if begin and cancelled is not None and cancelled():
                 raise Cancelled
             end = begin + size
-            here = [row - begin for row in wanted if begin <= row < end]
-            rows = CallRows(
-                embeds=embeds[begin:end],
-                positions=positions[begin:end],
-                length=self._length,
-                wanted=here or [size - 1],
-                values=step.values_of_rows(values, begin, end, num_rows) if values else values,
-            )
-            result = self._run(step, rows)
-            if size == num_rows:
-                return result
+            here = tuple([row - begin for row in wanted if begin <= row < end])
+            values_here = step.values_of_rows(values, begin, end, calls.num_rows)
+            result = self._run(step, embeds[begin:end], here or (size - 1,), values_here)
             # The arrays of a step hold until the next call only.
             logits = result.logits[: len(here)].copy()
             extras = {name: array.copy() for name, array in result.extras.items()}
@@ -195,24 +200,29 @@ class StepDecoder:
             logits=np.concatenate([step.logits for step in steps]),
             extras={
                 name: np.concatenate([step.extras[name] for step in steps], axis=1)
-                if name in chunks[-1][0].per_row
-                else array
-                for name, array in steps[-1].extras.items()
+                if per_row
+                else steps[-1].extras[name]
+                for name, per_row in calls.chunks[-1][0].extras.items()
             },
         )
 
-    def _run(self, step: StepGraph, rows: CallRows) -> Step:
+    def _run(
+        self,
+        step: StepGraph,
+        embeds: Array,
+        wanted: tuple[int, ...],
+        values: Mapping[str, Array],
+    ) -> Step:
         """One call of a graph, committed."""
-        num_valid = len(rows.embeds)
+        length, num_valid = self._length, len(embeds)
+        positions = self._positions[length : length + num_valid]
+        rows = CallRows(embeds=embeds, positions=positions, wanted=wanted, values=values)
         bound = self._bind(step, rows)
         result = bound.run(rows)
         for group, written in zip(self._groups, bound.written, strict=True):
             dropped = step.graph.dropped.get(group.name, 0)
-            group.commit(written, self._length, num_valid, dropped)
-        end = self._length + num_valid
-        self._positions[self._length : end] = rows.positions
-        self._positions[end] = rows.positions[-1] + 1
-        self._length = end
+            group.commit(written, length, num_valid, dropped)
+        self._length = length + num_valid
         return result
 
     def _bind(self, step: StepGraph, rows: CallRows) -> BoundStep:
@@ -221,7 +231,7 @@ class StepDecoder:
         num_logits = step.num_logits(num_rows, len(rows.wanted))
         # Recurrent state takes turns between two copies, which are bound separately.
         turn = self._recurrent[0].turn if self._recurrent else 0
-        shapes = tuple((name, value.shape) for name, value in rows.values.items())
+        shapes = tuple([(name, value.shape) for name, value in rows.values.items()])
         key = (step.graph.name, num_rows, num_logits, turn, shapes)
         bound = self._bound.get(key)
         if bound is None:
@@ -230,76 +240,54 @@ class StepDecoder:
                 self._bound[key] = bound
         return bound
 
-    def _chunks(self, phase: str, num_rows: int, *, every: bool) -> Iterator[tuple[StepGraph, int]]:
-        """Which graphs consume these rows; `every` where logits of all of them are wanted."""
-        while num_rows:
-            step = self._choose(phase, num_rows)
-            most = step.max_verify_rows if every else step.max_rows
-            size = num_rows if most is None else min(num_rows, most)
-            yield step, size
-            num_rows -= size
+    def _count_on(self, row: int, position: float | Sequence[float] | Array) -> None:
+        """Let positions count on by one, from `position` at `row`."""
+        steps = np.arange(len(self._positions) - row)[:, None]
+        self._positions[row:] = np.asarray(position) + steps
+        self._counting_from = row
 
-    def _choose(self, phase: str, num_rows: int) -> StepGraph:
-        """The graph of the phase that pads least, else the one that takes the most rows."""
-        steps = [step for step in self._steps if phase in step.graph.phases]
-        if not steps:
-            steps = [step for step in self._steps if "decode" in step.graph.phases]
-        fitting = [step for step in steps if step.max_rows is None or step.max_rows >= num_rows]
-        if fitting:
-            return min(fitting, key=lambda step: step.graph.rows or num_rows)
-        return max(steps, key=lambda step: step.max_rows or 0)
-
-    def _check_room(self, phase: str, chunks: Sequence[tuple[StepGraph, int]]) -> None:
+    def _check_room(self, calls: Calls) -> None:
         """Refuse rows that do not fit, before any is consumed."""
-        for step, size in chunks:
-            dropped = max(step.graph.dropped.values(), default=0)
-            if dropped >= size:
-                raise InputError(
-                    f"graph {step.graph.name!r} drops {dropped} of the rows of every call, "
-                    f"got a piece of {size}",
-                    hint="lengthen the prompt, or compile with another size of pieces",
-                )
-        num_rows = sum(size for _, size in chunks)
-        excess = num_rows - (len(self._positions) - 1 - self._length)
-        for group in self._groups:
-            if group.limited:
-                needed = sum(size - step.graph.dropped.get(group.name, 0) for step, size in chunks)
-                last, size = chunks[-1]
-                if group.inplace:  # such a graph writes its rows of padding, too
-                    needed += (last.graph.rows or size) - size
-                excess = max(excess, needed - group.free(self._length))
+        excess = self._length + calls.num_rows - (len(self._positions) - 1)
+        for group, slots in zip(self._limited, calls.slots, strict=True):
+            excess = max(excess, group.used + slots - group.capacity)
         if excess > 0:
-            what = "prompt" if phase == "prefill" else "call"
+            what = "prompt" if calls.phase == "prefill" else "call"
             raise InputError(
-                f"{what} of {num_rows} tokens is {excess} too long: {self._length} of the "
+                f"{what} of {calls.num_rows} tokens is {excess} too long: {self._length} of the "
                 f"{self.capacity} tokens of the context are used",
                 hint=f"shorten it by {excess} tokens, or compile with a larger context",
             )
 
 
-def _check_state(steps: Sequence[StepGraph], groups: Sequence[StateGroup]) -> None:
-    """Every graph reads and renews all state: a tensor that one left out would fall behind."""
-    phases = {phase for step in steps for phase in step.graph.phases}
-    if "decode" not in phases:
-        raise BundleError(
-            f"no graph of role {steps[0].graph.role!r} serves the phase 'decode'",
-            hint="compile the bundle again",
+def _wanted(rows: Sequence[int], num_rows: int) -> tuple[int, ...]:
+    """The rows that logits are wanted of: some rows of the call, ascending."""
+    wanted = tuple(rows)
+    if not wanted or list(wanted) != sorted(set(wanted) & set(range(num_rows))):
+        raise InputError(
+            f"logits are wanted of rows {list(wanted)} of a call of {num_rows} tokens",
+            hint="name some of its rows, counted from 0 and ascending",
         )
+    return wanted
+
+
+def _check_state(graphs: Sequence[GraphSpec], groups: Sequence[StateGroup]) -> None:
+    """Every graph reads and renews all state: a tensor that one left out would fall behind."""
     if not groups:
         raise BundleError(
-            f"step graph {steps[0].graph.name!r} has no state, this runtime cannot decode without",
+            f"step graph {graphs[0].name!r} has no state, this runtime cannot decode without",
             hint="upgrade edgevlm-runtime, or compile for a target with a cache",
         )
-    for step in steps:
-        inputs = {tensor.source: tensor for tensor in step.graph.inputs}
-        outputs = {tensor.name for tensor in step.graph.outputs}
+    for graph in graphs:
+        inputs = {tensor.source: tensor for tensor in graph.inputs}
+        outputs = {tensor.name for tensor in graph.outputs}
         for group in groups:
             for tensor in group.tensors:
                 fed = inputs.get(f"state:{tensor.name}")
                 renewed = tensor.kind == "const" or tensor.output in outputs
                 if fed is None or fed.name != tensor.input or not renewed:
                     raise BundleError(
-                        f"step graph {step.graph.name!r} does not take state {tensor.name!r} as "
+                        f"step graph {graph.name!r} does not take state {tensor.name!r} as "
                         f"{tensor.input!r} and give it as {tensor.output!r}",
                         hint="compile the bundle again",
                     )

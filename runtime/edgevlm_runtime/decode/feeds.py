@@ -6,7 +6,7 @@ row of the embedding, two numbers of a length, the mask columns that have opened
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,15 +22,14 @@ from edgevlm_runtime.rotary import RotaryTable
 
 @dataclass(kw_only=True, slots=True)
 class CallRows:
-    """What one call consumes: `embeds` [n, W] and `positions` [n, axes], and how far state is.
+    """What one call consumes: `embeds` [n, W] and `positions` float64 [n, axes].
 
-    `length` is the decoder's before the call; `wanted` are the rows that logits are wanted for.
+    `wanted` are the rows that logits are wanted for, `values` the named outputs of other graphs.
     """
 
     embeds: Array
     positions: Array
-    length: int
-    wanted: Sequence[int]
+    wanted: tuple[int, ...]
     values: Mapping[str, Array] = field(default_factory=dict)
 
 
@@ -44,7 +43,8 @@ def embeds_feed(array: Array) -> Fill:
     def fill(call: CallRows) -> None:
         num_valid = len(call.embeds)
         rows[:num_valid] = call.embeds
-        rows[num_valid:] = 0
+        if num_valid < len(rows):
+            rows[num_valid:] = 0
 
     return fill
 
@@ -62,7 +62,7 @@ def slots_feed(array: Array, group: Group, offset: int) -> Fill:
     """The used slots of a group plus an offset, in every element."""
 
     def fill(call: CallRows) -> None:
-        array[...] = group.used(call.length) + offset
+        array.fill(group.used + offset)
 
     return fill
 
@@ -78,11 +78,15 @@ def row_valid_feed(array: Array) -> Fill:
 
 
 def logit_rows_feed(array: Array) -> Fill:
-    """[R]: the wanted rows, the last of them repeated."""
+    """[R]: the wanted rows, the last of them repeated. From token to token they are the same."""
+    written: tuple[int, ...] = ()
 
     def fill(call: CallRows) -> None:
-        array[: len(call.wanted)] = call.wanted
-        array[len(call.wanted) :] = call.wanted[-1]
+        nonlocal written
+        if call.wanted != written:
+            written = call.wanted
+            array[: len(written)] = written
+            array[len(written) :] = written[-1]
 
     return fill
 
@@ -100,10 +104,9 @@ def mask_feed(array: Array, group: Group, closed: float) -> Fill:
 
     def fill(call: CallRows) -> None:
         nonlocal opened
-        used = group.used(call.length)
-        slots[:, opened:used] = 0
-        slots[:, used:opened] = closed
-        opened = used
+        slots[:, opened : group.used] = 0
+        slots[:, group.used : opened] = closed
+        opened = group.used
 
     return fill
 
@@ -119,7 +122,7 @@ def window_mask_feed(array: Array, group: Group, closed: float) -> Fill:
     slots = array[0, 0, :, :window]
 
     def fill(call: CallRows) -> None:
-        used = group.used(call.length)
+        used = group.used
         held = used - 1 - (used - 1 - np.arange(window)) % window
         slots[...] = np.where((held >= 0) & (held > used + row - window), 0, closed)
 

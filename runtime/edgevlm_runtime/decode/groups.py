@@ -1,7 +1,7 @@
-"""A state group in use: its blocks, and how many slots are used at a given length.
+"""A state group in use: its blocks, and how many of its slots are used.
 
-The length of a decoder counts rows consumed. A group has used as many slots, less the rows that a
-graph dropped before they reached the group's layers.
+The length of a decoder counts rows consumed. A group has used as many slots, less the rows that
+graphs dropped before they reached the group's layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgevlm_runtime.state import LIMITED, Block, open_blocks
 
 
 class Group:
-    """The tensors of a state group and their used length."""
+    """The tensors of a state group; `used` of its slots are used."""
 
     def __init__(self, spec: StateGroup, blocks: list[Block] | None = None) -> None:
         """Allocate the tensors, unless they are given."""
@@ -27,6 +27,7 @@ class Group:
             )
         self.name = spec.name
         self.capacity = spec.capacity
+        self.used = 0
         self.windowed = "kv_window" in kinds
         self.limited = bool(kinds & set(LIMITED))
         self.inplace = "kv_inplace" in kinds
@@ -35,38 +36,21 @@ class Group:
         # Calls that dropped rows: the lengths before and after, and how many.
         self._drops: list[tuple[int, int, int]] = []
 
-    def used(self, length: int) -> int:
-        """Slots used at a length, which no call that dropped rows may have passed over."""
-        if not self._drops:
-            return length
-        for begin, end, _ in self._drops:
-            if begin < length < end:
-                raise EngineError(
-                    f"group {self.name!r} cannot go back to row {length}: the call of rows {begin} "
-                    f"to {end - 1} has dropped some",
-                    hint=f"rewind to {begin} or less",
-                )
-        return length - sum(dropped for _, end, dropped in self._drops if end <= length)
-
-    def free(self, length: int) -> int:
-        """Slots left at a length."""
-        return self.capacity - self.used(length)
-
     def commit(
         self, written: Sequence[Array | None], length: int, num_rows: int, dropped: int
     ) -> None:
         """Take over a call of `num_rows` rows at a length; `written` has one array per block."""
-        used = self.used(length)
         for block, array in zip(self.blocks, written, strict=True):
-            block.commit(array, used, num_rows - dropped)
+            block.commit(array, self.used, num_rows - dropped)
+        self.used += num_rows - dropped
         if dropped:
             self._drops.append((length, length + num_rows, dropped))
 
     def check_rewind(self, length: int) -> None:
         """Raise EngineError where a tensor does not remember that length."""
-        used = self.used(length)
+        used = self._used_at(length)
         for block in self.blocks:
-            if not block.remembers(used):
+            if used and not block.remembers(used):
                 tensor = block.tensors[0]
                 raise EngineError(
                     f"state {tensor.name!r} of kind {tensor.kind!r} cannot go back to row {length}",
@@ -75,14 +59,24 @@ class Group:
 
     def rewind(self, length: int) -> None:
         """Forget all rows from `length` on."""
-        used = self.used(length)
+        self.used = self._used_at(length)
         for block in self.blocks:
-            block.rewind(used)
+            block.rewind(self.used)
         self._drops = [drop for drop in self._drops if drop[1] <= length]
 
-    def fork(self, length: int) -> Group:
+    def fork(self) -> Group:
         """An independent copy."""
-        used = self.used(length)
-        copy = Group(self._spec, [block.fork(used) for block in self.blocks])
-        copy._drops = list(self._drops)
+        copy = Group(self._spec, [block.fork(self.used) for block in self.blocks])
+        copy.used, copy._drops = self.used, list(self._drops)
         return copy
+
+    def _used_at(self, length: int) -> int:
+        """The slots that were used at a length, which must not lie inside a call that dropped."""
+        for begin, end, _ in self._drops:
+            if begin < length < end:
+                raise EngineError(
+                    f"group {self.name!r} cannot go back to row {length}: the call of rows {begin} "
+                    f"to {end - 1} has dropped some",
+                    hint=f"rewind to {begin} or less",
+                )
+        return length - sum(dropped for _, end, dropped in self._drops if end <= length)

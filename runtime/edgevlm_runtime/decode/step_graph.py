@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from edgevlm_runtime.decode import feeds
 from edgevlm_runtime.decode.feeds import CallRows, Fill
 from edgevlm_runtime.decode.groups import Group
 from edgevlm_runtime.decode.protocol import Step
-from edgevlm_runtime.engine import Array, Engines
+from edgevlm_runtime.engine import Array, Engine, Engines
 from edgevlm_runtime.engines.table import read_array
 from edgevlm_runtime.errors import BundleError, EngineError
 from edgevlm_runtime.manifest import GraphSpec, TensorSpec
@@ -26,9 +26,14 @@ Shape = tuple[int | str, ...]
 class StepGraph:
     """What the manifest says of a step graph, worked out. It is loaded at its first call."""
 
-    def __init__(self, bundle: Bundle, engines: Engines, graph: GraphSpec) -> None:
-        """Find the dimensions that are T and R."""
-        self.bundle, self.engines, self.graph = bundle, engines, graph
+    def __init__(
+        self, bundle: Bundle, engines: Engines, graph: GraphSpec, state_outputs: Collection[str]
+    ) -> None:
+        """Find the dimensions that are T and R, and the extras: outputs that are none of these.
+
+        `extras` says of each name whether it has one entry for each row of a call.
+        """
+        self.bundle, self.graph, self._engines = bundle, graph, engines
         inputs = {tensor.source.partition(":")[0]: tensor for tensor in graph.inputs}
         outputs = {tensor.name for tensor in graph.outputs}
         if "embeds" not in inputs or LOGITS not in outputs:
@@ -39,12 +44,20 @@ class StepGraph:
         self._rows = inputs["embeds"].shape[1]
         self._logit_rows = inputs["logit_rows"].shape[0] if "logit_rows" in inputs else self._rows
         self.picks_logits = "logit_rows" in inputs
-        self.per_row = {tensor.name for tensor in graph.outputs if self._is_per_row(tensor.shape)}
+        self.extras = {
+            tensor.name: self._is_per_row(tensor.shape)
+            for tensor in graph.outputs
+            if tensor.name != LOGITS and tensor.name not in state_outputs
+        }
         self._values_per_row = {
             tensor.source.partition(":")[2]
             for tensor in graph.inputs
             if tensor.source.startswith("output:") and self._is_per_row(tensor.shape)
         }
+
+    def load(self) -> Engine:
+        """The graph's engine, loaded now if it was not before."""
+        return self._engines.open(self.graph)
 
     @property
     def max_rows(self) -> int | None:
@@ -128,27 +141,31 @@ class BoundStep:
             tensor.name: self._output(tensor, state_outputs.get(tensor.name))
             for tensor in step.graph.outputs
         }
-        self._call = step.engines.open(step.graph).bind(inputs, outputs)
-        self._extras = [
-            tensor.name
-            for tensor in step.graph.outputs
-            if tensor.name != LOGITS and tensor.name not in state_outputs
-        ]
+        self._call = step.load().bind(inputs, outputs)
+        # Bound outputs stay where they are; then what shows them need not be made at every token.
+        self._stays = step.picks_logits and all(array is not None for array in outputs.values())
+        self._shown: tuple[object, ...] = ()
+        self._result: Step | None = None
 
     def run(self, rows: CallRows) -> Step:
         """Fill the inputs and run; the state is not committed."""
         for fill in self._fills:
             fill(rows)
         outputs = self._call.run()
+        shown = (len(rows.embeds), rows.wanted)
+        if self._result is None or not self._stays or shown != self._shown:
+            self._shown, self._result = shown, self._step_of(outputs, *shown)
+        return self._result
+
+    def _step_of(
+        self, outputs: Mapping[str, Array], num_valid: int, wanted: tuple[int, ...]
+    ) -> Step:
+        """The wanted rows of the logits, and the extras without the rows of padding."""
         logits = outputs[LOGITS][0]
-        wanted = rows.wanted
         logits = logits[: len(wanted)] if self._step.picks_logits else logits[list(wanted)]
-        if not self._extras:
-            return Step(logits=logits)
-        num_valid = len(rows.embeds)
         extras = {
-            name: outputs[name][:, :num_valid] if name in self._step.per_row else outputs[name]
-            for name in self._extras
+            name: outputs[name][:, :num_valid] if per_row else outputs[name]
+            for name, per_row in self._step.extras.items()
         }
         return Step(logits=logits, extras=extras)
 

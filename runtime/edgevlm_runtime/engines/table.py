@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.lib import format as npy
 
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.engine import Array
-from edgevlm_runtime.errors import BundleError, EngineError
+from edgevlm_runtime.errors import BundleError, EngineError, InputError
 from edgevlm_runtime.manifest import GraphSpec
 
 # Longest header that numpy writes for a plain array, with room to spare.
@@ -23,15 +24,25 @@ class EmbeddingTable:
     def __init__(self, table: Array) -> None:
         """Hold the mapped array."""
         self._table = table
-        self.vocab_size, self.width = table.shape
+        self.vocab_size = len(table)
 
-    def rows(self, tokens: Array) -> Array:
-        """Embeddings float32 [T, W] of ids [T]."""
-        return self._table[tokens].astype(np.float32, copy=False)
+    def rows(self, tokens: Sequence[int] | Array) -> Array:
+        """Embeddings float32 [T, W] of ids [T], a copy; raises InputError at an unknown id."""
+        ids = np.asarray(tokens)
+        for token in (ids.min(), ids.max()):
+            self._check(int(token))
+        rows: Array = self._table[ids].astype(np.float32, copy=False)
+        return rows
 
-    def write(self, token: int, row: Array) -> None:
-        """Write the embedding of one token into a row [W] of a buffer."""
-        row[:] = self._table[token]
+    def row(self, token: int) -> Array:
+        """The embedding [1, W] of one token, in the dtype of the table and not copied."""
+        self._check(token)
+        return self._table[token : token + 1]
+
+    def _check(self, token: int) -> None:
+        # Numpy would take a negative id for one counted from the end.
+        if not 0 <= token < self.vocab_size:
+            raise InputError(f"token {token} is not one of the {self.vocab_size} of the embedding")
 
 
 def open_table(bundle: Bundle, graph: GraphSpec) -> EmbeddingTable:
