@@ -36,6 +36,8 @@ __all__ = [
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 DECODE_ROWS = 8
+# A generation can be cancelled between two chunks of its prompt, so a chunk is bounded.
+PREFILL_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +219,7 @@ def _variant(target: str, spec: VlmSpec, settled: Settled) -> VariantPlan:
                 role="step",
                 form="inplace",
                 phases=("prefill", "decode", "verify"),
-                max_rows=capacity,
+                max_rows=min(capacity, PREFILL_ROWS),
                 signature=inplace_plan(spec, capacity),
             )
         ]

@@ -108,6 +108,13 @@ def test_no_dimension_of_a_static_variant_is_open() -> None:
             assert all(isinstance(size, int) for size in tensor.shape), tensor
 
 
+def test_a_long_prompt_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two chunks a generation can be cancelled; the tiny model has but 256 positions."""
+    monkeypatch.setattr("edgevlm.plan.PREFILL_ROWS", 100)
+    (ort,) = planned("context: {capacity: 160}\ntargets: [ort]\n").variants
+    assert ort.graphs[1].max_rows == 100
+
+
 def test_memory_is_counted() -> None:
     spec = tiny_spec()
     ort, static = planned("context: {capacity: 160}\n", spec).variants
