@@ -45,6 +45,17 @@ NEUTRAL: dict[str, object] = {
     "tie_last_hidden_states": False,
 }
 
+# Activations as transformers names them, and as we do.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
 
 class Fields:
     """The fields of one section, by name; null is the same as absent."""
@@ -107,6 +118,10 @@ class Fields:
                 hint="compile a checkpoint with one of these",
             )
         return table[value]
+
+    def activation(self, name: str, default: str) -> str:
+        """The name of ours of an activation."""
+        return self.choice(name, ACTIVATIONS, default)
 
     def only(self, name: str, *allowed: object) -> None:
         """Refuse a field unless it is absent, null, or one of the values that change nothing."""

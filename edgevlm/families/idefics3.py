@@ -7,8 +7,7 @@ from typing import Any
 
 from edgevlm.families.fields import Fields
 from edgevlm.families.image_spec import ImageChoices
-from edgevlm.families.llava import text_weights
-from edgevlm.families.text import decoder_spec
+from edgevlm.families.text import ROTARY_TABLES, decoder_spec, decoder_weights, head_copies
 from edgevlm.families.vision import IDEFICS3, encoder_spec, encoder_weights
 from edgevlm.families.weights import Section, Source, Weights, same
 from edgevlm.model.spec import ProjectorSpec, VlmSpec
@@ -83,11 +82,8 @@ def weights(spec: VlmSpec) -> Weights:
     return Weights(
         sections=SECTIONS,
         sources=dict(_sources(spec)),
-        unused=(
-            r"vision\.embeddings\.position_ids",
-            r"text\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-        ),
-        copies={"head.weight": "embedding.weight"} if spec.decoder.tied else {},
+        unused=(ROTARY_TABLES, r"vision\.embeddings\.position_ids"),
+        copies=head_copies(spec.decoder),
     )
 
 
@@ -95,4 +91,4 @@ def _sources(spec: VlmSpec) -> Iterable[tuple[str, Source]]:
     """Ours, and theirs relative to their sections."""
     yield from encoder_weights(spec.vision)
     yield "projector.linear.weight", same("projector.proj.weight")
-    yield from text_weights(spec)
+    yield from decoder_weights(spec.decoder)

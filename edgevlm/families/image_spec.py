@@ -8,7 +8,7 @@ pixels of one picture, or an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgevlm.errors import ModelError
@@ -69,15 +69,7 @@ _IDEFICS3 = ProcessorClass(
 CLASSES: dict[str, ProcessorClass] = {
     "CLIPImageProcessor": _CLIP,
     "Idefics3ImageProcessor": _IDEFICS3,
-    "LlavaImageProcessor": ProcessorClass(
-        geometry="fixed",
-        resample="bicubic",
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
-        size={"shortest_edge": 224},
-        crop={"height": 224, "width": 224},
-        pads_to_square=True,
-    ),
+    "LlavaImageProcessor": replace(_CLIP, pads_to_square=True),
     "Qwen2VLImageProcessor": ProcessorClass(
         geometry="native",
         resample="bicubic",
@@ -170,35 +162,42 @@ def _fixed(fields: Fields, kind: ProcessorClass, mean: Triple) -> FixedGeometry:
     fields.only("do_pad", pad_colour is not None)
     fields.ignore("pad_size")
 
-    shortest_edge, size = None, None
-    square = fields.take("default_to_square", bool, False)
-    wanted = _size(fields, "size", kind.size)
-    if fields.take("do_resize", bool, True):
-        if set(wanted) == {"edge"}:
-            shortest_edge = None if square else wanted["edge"]
-            size = (wanted["edge"], wanted["edge"]) if square else None
-        elif set(wanted) == {"shortest_edge"}:
-            shortest_edge = wanted["shortest_edge"]
-        elif set(wanted) == {"height", "width"}:
-            size = (wanted["height"], wanted["width"])
-        else:
-            raise _bad_size(fields, "size", wanted, "'shortest_edge', or 'height' and 'width'")
-
-    crop = None
-    wanted = _size(fields, "crop_size", kind.crop or {"height": 1, "width": 1})
-    if fields.take("do_center_crop", bool, kind.crop is not None):
-        if set(wanted) == {"edge"}:
-            crop = (wanted["edge"], wanted["edge"])
-        elif set(wanted) == {"height", "width"}:
-            crop = (wanted["height"], wanted["width"])
-        else:
-            raise _bad_size(fields, "crop_size", wanted, "'height' and 'width'")
+    shortest_edge, size = _resize(fields, kind)
+    crop = _crop(fields, kind)
     if crop is None and size is None:
         raise ModelError(
             f"{fields.file}: the size of the pixels depends on the picture",
             hint="set do_center_crop, or give size a height and a width",
         )
     return FixedGeometry(pad_colour=pad_colour, shortest_edge=shortest_edge, size=size, crop=crop)
+
+
+def _resize(fields: Fields, kind: ProcessorClass) -> tuple[int | None, tuple[int, int] | None]:
+    """What pictures are resized to: their shortest edge, or a height and a width."""
+    square = fields.take("default_to_square", bool, False)
+    wanted = _size(fields, "size", kind.size)
+    if not fields.take("do_resize", bool, True):
+        return None, None
+    if set(wanted) == {"edge"}:
+        edge = wanted["edge"]
+        return (None, (edge, edge)) if square else (edge, None)
+    if set(wanted) == {"shortest_edge"}:
+        return wanted["shortest_edge"], None
+    if set(wanted) == {"height", "width"}:
+        return None, (wanted["height"], wanted["width"])
+    raise _bad_size(fields, "size", wanted, "'shortest_edge', or 'height' and 'width'")
+
+
+def _crop(fields: Fields, kind: ProcessorClass) -> tuple[int, int] | None:
+    """The height and width that the middle of a picture is cut to, or None."""
+    wanted = _size(fields, "crop_size", kind.crop or {"height": 1, "width": 1})
+    if not fields.take("do_center_crop", bool, kind.crop is not None):
+        return None
+    if set(wanted) == {"edge"}:
+        return wanted["edge"], wanted["edge"]
+    if set(wanted) == {"height", "width"}:
+        return wanted["height"], wanted["width"]
+    raise _bad_size(fields, "crop_size", wanted, "'height' and 'width'")
 
 
 def _tiled(fields: Fields, kind: ProcessorClass, choices: ImageChoices) -> TiledGeometry:

@@ -7,9 +7,9 @@ from typing import Any
 
 from edgevlm.families.fields import Fields
 from edgevlm.families.image_spec import ImageChoices
-from edgevlm.families.text import ACTIVATIONS, decoder_spec
+from edgevlm.families.text import ROTARY_TABLES, decoder_spec, decoder_weights, head_copies
 from edgevlm.families.vision import CLIP, SIGLIP, encoder_spec, encoder_weights
-from edgevlm.families.weights import Section, Source, Weights, linear, llama_layer, norm, same
+from edgevlm.families.weights import Section, Source, Weights, linear
 from edgevlm.model.spec import ProjectorSpec, VlmSpec
 
 EXPANSION = "plain"
@@ -62,7 +62,7 @@ def spec(config: Mapping[str, Any], files: Mapping[str, bytes], choices: ImageCh
         in_width=vision.out_width,
         hidden_width=decoder.width,
         out_width=decoder.width,
-        activation=top.choice("projector_hidden_act", ACTIVATIONS, "gelu"),
+        activation=top.activation("projector_hidden_act", "gelu"),
         bias=top.take("multimodal_projector_bias", bool, True),
     )
     token_name = "image_token_index" if "image_token_index" in top else "image_token_id"
@@ -88,13 +88,13 @@ def weights(spec: VlmSpec) -> Weights:
         sections=SECTIONS,
         sources=dict(_sources(spec)),
         unused=(
+            ROTARY_TABLES,
             r"vision\.head\..*",
             r"vision\.post_layernorm\..*",
             r"vision\.embeddings\.position_ids",
             rf"vision\.encoder\.layers\.(?!({'|'.join(map(str, range(kept)))})\.)\d+\..*",
-            r"text\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
         ),
-        copies={"head.weight": "embedding.weight"} if spec.decoder.tied else {},
+        copies=head_copies(spec.decoder),
     )
 
 
@@ -103,18 +103,7 @@ def _sources(spec: VlmSpec) -> Iterable[tuple[str, Source]]:
     yield from encoder_weights(spec.vision)
     yield from linear("projector.up", "projector.linear_1", bias=spec.projector.bias)
     yield from linear("projector.down", "projector.linear_2", bias=spec.projector.bias)
-    yield from text_weights(spec)
-
-
-def text_weights(spec: VlmSpec) -> Iterable[tuple[str, Source]]:
-    """The embedding, the decoder, and its head where that is a weight of its own."""
-    yield "embedding.weight", same("text.embed_tokens.weight")
-    for index, layer in enumerate(spec.decoder.layers):
-        ours, theirs = f"decoder.layers.{index}", f"text.layers.{index}"
-        yield from llama_layer(ours, theirs, layer, spec.decoder.width)
-    yield from norm("decoder.norm", "text.norm", spec.decoder.norm)
-    if not spec.decoder.tied:
-        yield "decoder.head.weight", same("head.weight")
+    yield from decoder_weights(spec.decoder)
 
 
 def _feature_layers(top: Fields) -> tuple[int, ...]:

@@ -12,18 +12,19 @@ from typing import Any
 from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
 from edgevlm.families.image_spec import ImageChoices
-from edgevlm.families.llava import text_weights
-from edgevlm.families.text import ACTIVATIONS, decoder_spec
-from edgevlm.families.weights import Section, Source, Weights, linear, norm, same
-from edgevlm.model.spec import (
-    AttentionSpec,
-    LayerSpec,
-    MlpSpec,
-    NormSpec,
-    ProjectorSpec,
-    VisionSpec,
-    VlmSpec,
+from edgevlm.families.text import ROTARY_TABLES, decoder_spec, decoder_weights, head_copies
+from edgevlm.families.vision import vision_attention
+from edgevlm.families.weights import (
+    LayerNames,
+    Section,
+    Source,
+    Weights,
+    layer_weights,
+    linear,
+    norm,
+    same,
 )
+from edgevlm.model.spec import LayerSpec, MlpSpec, NormSpec, ProjectorSpec, VisionSpec, VlmSpec
 
 EXPANSION = "plain"
 POSITIONS = "mrope"
@@ -40,6 +41,14 @@ SECTIONS = (
         pattern=r"model\.(language_model\.)?",
         prefix="model.language_model.",
     ),
+)
+
+VISION_LAYER = LayerNames(
+    norm1="norm1",
+    qkv=("attn.qkv",),
+    out="attn.proj",
+    norm2="norm2",
+    mlp={"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
 )
 
 # What an old config writes into the top level, where a new one has a text section. Those written
@@ -115,8 +124,8 @@ def weights(spec: VlmSpec) -> Weights:
     return Weights(
         sections=SECTIONS,
         sources=dict(_sources(spec)),
-        unused=(r"(text\.layers\.\d+\.self_attn|vision)\.\w+\.inv_freq",),
-        copies={"head.weight": "embedding.weight"} if spec.decoder.tied else {},
+        unused=(ROTARY_TABLES, r"vision\.rotary_pos_emb\.inv_freq"),
+        copies=head_copies(spec.decoder),
     )
 
 
@@ -124,6 +133,7 @@ def _vision(fields: Fields, choices: ImageChoices) -> VisionSpec:
     """Read the vision section, all of it."""
     width = fields.take("hidden_size", int, 3584)
     num_heads = fields.take("num_heads", int, 16)
+    depth = fields.take("depth", int, 32)
     patch = fields.take("patch_size", int, 14)
     merge = fields.take("spatial_merge_size", int, 2)
     channels = fields.take("in_channels", int, 3)
@@ -140,17 +150,10 @@ def _vision(fields: Fields, choices: ImageChoices) -> VisionSpec:
     fields.only("spatial_patch_size", patch)
     fields.ignore("rope_parameters", "tokens_per_second")
     full = set(fields.take("fullatt_block_indexes", list, [7, 15, 23, 31]))
-    attention = AttentionSpec(
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=width // num_heads,
-        scale=(width // num_heads) ** -0.5,
-        qkv_bias=True,
-        out_bias=True,
-    )
+    attention = vision_attention(fields, width, num_heads)
     mlp = MlpSpec(
         width=fields.take("intermediate_size", int, 3420),
-        activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
+        activation=fields.activation("hidden_act", "silu"),
         gated=True,
         bias=True,
     )
@@ -167,10 +170,10 @@ def _vision(fields: Fields, choices: ImageChoices) -> VisionSpec:
                 norm1=VISION_NORM,
                 norm2=VISION_NORM,
             )
-            for index in range(fields.take("depth", int, 32))
+            for index in range(depth)
         ),
         position="rotary",
-        feature_layers=(fields.take("depth", int, 32),),
+        feature_layers=(depth,),
         pixels="patches",
         temporal_patch_size=fields.take("temporal_patch_size", int, 2),
         merge=merge,
@@ -210,13 +213,8 @@ def _sources(spec: VlmSpec) -> Iterable[tuple[str, Source]]:
     )
     for index, layer in enumerate(vision.layers):
         ours, theirs = f"vision.layers.{index}", f"vision.blocks.{index}"
-        yield from norm(f"{ours}.norm1", f"{theirs}.norm1", layer.norm1)
-        yield from linear(f"{ours}.attention.qkv", f"{theirs}.attn.qkv", bias=True)
-        yield from linear(f"{ours}.attention.out", f"{theirs}.attn.proj", bias=True)
-        yield from norm(f"{ours}.norm2", f"{theirs}.norm2", layer.norm2)
-        for name in ("gate", "up", "down"):
-            yield from linear(f"{ours}.mlp.{name}", f"{theirs}.mlp.{name}_proj", bias=True)
+        yield from layer_weights(ours, theirs, VISION_LAYER, layer, vision.width)
     yield from norm("projector.norm", "projector.ln_q", VISION_NORM)
     yield from linear("projector.up", "projector.mlp.0", bias=True)
     yield from linear("projector.down", "projector.mlp.2", bias=True)
-    yield from text_weights(spec)
+    yield from decoder_weights(spec.decoder)

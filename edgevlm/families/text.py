@@ -6,22 +6,24 @@ checkpoint means.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
 from edgevlm.families.rotary import rope_spec
+from edgevlm.families.weights import LayerNames, Source, layer_weights, norm, same
 from edgevlm.model.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, NormSpec
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+LAYER = LayerNames(
+    norm1="input_layernorm",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    norm2="post_attention_layernorm",
+    mlp={"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+)
+# Names of rotary frequencies, which old checkpoints hold and nobody needs.
+ROTARY_TABLES = r"text\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +105,7 @@ def decoder_spec(fields: Fields, model_type: str, *, tied: bool) -> DecoderSpec:
     kind = KINDS[model_type]
     width = fields.take("hidden_size", int, kind.hidden_size)
     max_positions = fields.take("max_position_embeddings", int, kind.max_position_embeddings)
-    norm = NormSpec(kind="rms", eps=fields.take("rms_norm_eps", float, kind.rms_norm_eps))
+    norm_spec = NormSpec(kind="rms", eps=fields.take("rms_norm_eps", float, kind.rms_norm_eps))
     qkv_bias, out_bias, mlp_bias = _biases(fields, model_type)
     num_heads, num_kv_heads, head_dim = _heads(fields, kind, width)
     attention = AttentionSpec(
@@ -116,7 +118,7 @@ def decoder_spec(fields: Fields, model_type: str, *, tied: bool) -> DecoderSpec:
     )
     mlp = MlpSpec(
         width=fields.take("intermediate_size", int, kind.intermediate_size),
-        activation=fields.choice("hidden_act", ACTIVATIONS, "silu"),
+        activation=fields.activation("hidden_act", "silu"),
         gated=True,
         bias=mlp_bias,
     )
@@ -128,12 +130,12 @@ def decoder_spec(fields: Fields, model_type: str, *, tied: bool) -> DecoderSpec:
                 mixer="attention",
                 attention=replace(attention, window=window),
                 mlp=mlp,
-                norm1=norm,
-                norm2=norm,
+                norm1=norm_spec,
+                norm2=norm_spec,
             )
             for window in _windows(fields, kind)
         ),
-        norm=norm,
+        norm=norm_spec,
         tied=tied,
         rope=rope_spec(
             fields,
@@ -146,6 +148,22 @@ def decoder_spec(fields: Fields, model_type: str, *, tied: bool) -> DecoderSpec:
     )
     fields.finish()
     return decoder
+
+
+def decoder_weights(spec: DecoderSpec) -> Iterable[tuple[str, Source]]:
+    """The embedding, the decoder, and its head; theirs relative to the sections `text`, `head`."""
+    yield "embedding.weight", same("text.embed_tokens.weight")
+    for index, layer in enumerate(spec.layers):
+        ours, theirs = f"decoder.layers.{index}", f"text.layers.{index}"
+        yield from layer_weights(ours, theirs, LAYER, layer, spec.width)
+    yield from norm("decoder.norm", "text.norm", spec.norm)
+    if not spec.tied:
+        yield "decoder.head.weight", same("head.weight")
+
+
+def head_copies(spec: DecoderSpec) -> Mapping[str, str]:
+    """A head that is the embedding, and was saved all the same."""
+    return {"head.weight": "embedding.weight"} if spec.tied else {}
 
 
 def _heads(fields: Fields, kind: TextKind, width: int) -> tuple[int, int, int]:

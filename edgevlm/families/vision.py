@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edgevlm.families.fields import Fields
-from edgevlm.families.text import ACTIVATIONS
-from edgevlm.families.weights import Source, clip_layer, linear, norm, same
+from edgevlm.families.weights import LayerNames, Source, layer_weights, linear, norm, same
 from edgevlm.model.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec, VisionSpec
 
 
@@ -61,6 +60,15 @@ IDEFICS3 = EncoderKind(
 )
 
 
+LAYER = LayerNames(
+    norm1="layer_norm1",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj",
+    norm2="layer_norm2",
+    mlp={"up": "mlp.fc1", "down": "mlp.fc2"},
+)
+
+
 def encoder_spec(
     fields: Fields,
     kind: EncoderKind,
@@ -77,8 +85,6 @@ def encoder_spec(
     width = fields.take("hidden_size", int, kind.hidden_size)
     num_layers = fields.take("num_hidden_layers", int, 12)
     num_heads = fields.take("num_attention_heads", int, kind.num_attention_heads)
-    if width % num_heads:
-        raise fields.error(f"vision width {width} is not a multiple of {num_heads} heads")
     for index in features:
         if not -num_layers - 1 <= index <= num_layers:
             raise fields.error(
@@ -93,17 +99,10 @@ def encoder_spec(
     )
     layer = LayerSpec(
         mixer="attention",
-        attention=AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=width // num_heads,
-            scale=(width // num_heads) ** -0.5,
-            qkv_bias=True,
-            out_bias=True,
-        ),
+        attention=vision_attention(fields, width, num_heads),
         mlp=MlpSpec(
             width=fields.take("intermediate_size", int, 3072),
-            activation=fields.choice("hidden_act", ACTIVATIONS, kind.hidden_act),
+            activation=fields.activation("hidden_act", kind.hidden_act),
             gated=False,
             bias=True,
         ),
@@ -129,6 +128,21 @@ def encoder_spec(
     return spec
 
 
+def vision_attention(fields: Fields, width: int, num_heads: int) -> AttentionSpec:
+    """Attention as all vision encoders here have it: heads fill the width, maps have biases."""
+    if width % num_heads:
+        raise fields.error(f"vision width {width} is not a multiple of {num_heads} heads")
+    head_dim = width // num_heads
+    return AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        qkv_bias=True,
+        out_bias=True,
+    )
+
+
 def encoder_weights(spec: VisionSpec) -> Iterable[tuple[str, Source]]:
     """Our weights, and theirs relative to the section `vision`."""
     yield from linear(
@@ -141,7 +155,7 @@ def encoder_weights(spec: VisionSpec) -> Iterable[tuple[str, Source]]:
         # Their spelling.
         yield from norm("vision.pre_norm", "vision.pre_layrnorm", spec.pre_norm)
     for index, layer in enumerate(spec.layers):
-        theirs = f"vision.encoder.layers.{index}"
-        yield from clip_layer(f"vision.layers.{index}", theirs, layer, spec.width)
+        ours, theirs = f"vision.layers.{index}", f"vision.encoder.layers.{index}"
+        yield from layer_weights(ours, theirs, LAYER, layer, spec.width)
     if spec.norm:
         yield from norm("vision.norm", "vision.post_layernorm", spec.norm)

@@ -73,6 +73,20 @@ class Weights:
         return any(re.fullmatch(pattern, name) for pattern in self.unused)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerNames:
+    """What a checkpoint calls the parts of a layer; `qkv` is one name where q, k, v are packed.
+
+    `mlp` has the names of our parts (`gate`, `up`, `down`) as keys.
+    """
+
+    norm1: str
+    qkv: tuple[str, ...]
+    out: str
+    norm2: str
+    mlp: Mapping[str, str]
+
+
 def same(name: str, *, shape: tuple[int, ...] | None = None) -> Source:
     """A weight that is one tensor of the checkpoint."""
     return Source(parts=(Part(name=name, shape=shape),))
@@ -91,9 +105,12 @@ def norm(ours: str, theirs: str, spec: NormSpec) -> Iterable[tuple[str, Source]]
 
 
 def fused_qkv(
-    ours: str, theirs: tuple[str, str, str], spec: AttentionSpec, width: int
+    ours: str, theirs: tuple[str, ...], spec: AttentionSpec, width: int
 ) -> Iterable[tuple[str, Source]]:
-    """q, k and v, which are three tensors in the checkpoint and one here."""
+    """q, k and v, which are one tensor here, and one or three in the checkpoint."""
+    if len(theirs) == 1:
+        yield from linear(ours, theirs[0], bias=spec.qkv_bias)
+        return
     rows = (spec.q_width, spec.kv_width, spec.kv_width)
     named = tuple(zip(theirs, rows, strict=True))
     parts = tuple(Part(name=f"{name}.weight", shape=(size, width)) for name, size in named)
@@ -103,33 +120,15 @@ def fused_qkv(
         yield f"{ours}.bias", Source(parts=parts)
 
 
-def llama_layer(
-    ours: str, theirs: str, spec: LayerSpec, width: int
+def layer_weights(
+    ours: str, theirs: str, names: LayerNames, spec: LayerSpec, width: int
 ) -> Iterable[tuple[str, Source]]:
-    """One decoder layer as Llama, Mistral and Qwen2 name it."""
-    heads = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
-    yield from norm(f"{ours}.norm1", f"{theirs}.input_layernorm", spec.norm1)
-    yield from fused_qkv(
-        f"{ours}.attention.qkv", (heads[0], heads[1], heads[2]), spec.attention, width
-    )
-    yield from linear(
-        f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", bias=spec.attention.out_bias
-    )
-    yield from norm(f"{ours}.norm2", f"{theirs}.post_attention_layernorm", spec.norm2)
-    for name in ("gate", "up", "down"):
-        yield from linear(f"{ours}.mlp.{name}", f"{theirs}.mlp.{name}_proj", bias=spec.mlp.bias)
-
-
-def clip_layer(ours: str, theirs: str, spec: LayerSpec, width: int) -> Iterable[tuple[str, Source]]:
-    """One vision layer as CLIP and SigLIP name it."""
-    heads = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
-    yield from norm(f"{ours}.norm1", f"{theirs}.layer_norm1", spec.norm1)
-    yield from fused_qkv(
-        f"{ours}.attention.qkv", (heads[0], heads[1], heads[2]), spec.attention, width
-    )
-    yield from linear(
-        f"{ours}.attention.out", f"{theirs}.self_attn.out_proj", bias=spec.attention.out_bias
-    )
-    yield from norm(f"{ours}.norm2", f"{theirs}.layer_norm2", spec.norm2)
-    yield from linear(f"{ours}.mlp.up", f"{theirs}.mlp.fc1", bias=spec.mlp.bias)
-    yield from linear(f"{ours}.mlp.down", f"{theirs}.mlp.fc2", bias=spec.mlp.bias)
+    """One layer of `width`, from the names of its parts below `theirs`."""
+    attention = spec.attention
+    qkv = tuple(f"{theirs}.{name}" for name in names.qkv)
+    yield from norm(f"{ours}.norm1", f"{theirs}.{names.norm1}", spec.norm1)
+    yield from fused_qkv(f"{ours}.attention.qkv", qkv, attention, width)
+    yield from linear(f"{ours}.attention.out", f"{theirs}.{names.out}", bias=attention.out_bias)
+    yield from norm(f"{ours}.norm2", f"{theirs}.{names.norm2}", spec.norm2)
+    for part, name in names.mlp.items():
+        yield from linear(f"{ours}.mlp.{part}", f"{theirs}.{name}", bias=spec.mlp.bias)
