@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 import numpy as np
 
 from edgevlm_runtime.bundle import Bundle
-from edgevlm_runtime.engine import Array, Engines
+from edgevlm_runtime.engine import Array, Engines, as_input
 from edgevlm_runtime.engines.table import read_array
 from edgevlm_runtime.errors import BundleError, InputError
 from edgevlm_runtime.image import PreparedImage
@@ -113,9 +113,7 @@ class Encoder:
                 "which is not there before the decoder runs",
                 hint="compile the bundle again",
             )
-        if value.ndim == len(tensor.shape) - 1:
-            value = value[None]  # patches of a native picture come without the batch axis
-        return np.ascontiguousarray(value, tensor.dtype)
+        return as_input(value, tensor)
 
 
 def _before_decoding(graphs: Sequence[GraphSpec]) -> list[GraphSpec]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm_runtime.errors import EngineError
-from edgevlm_runtime.manifest import GraphSpec
+from edgevlm_runtime.manifest import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from edgevlm_runtime.bundle import Bundle
@@ -55,6 +56,17 @@ def open_engine(bundle: Bundle, graph: GraphSpec) -> Engine:
         f"graph {graph.name!r} wants engine {graph.engine.kind!r}, this runtime has 'ort'",
         hint="upgrade edgevlm-runtime, or compile for a target that it runs",
     )
+
+
+def as_input(value: Array, tensor: TensorSpec) -> Array:
+    """A value as a graph takes it: contiguous, in its dtype, and with the batch axis.
+
+    The patches of a native picture come without that axis, as processors give them; whether a value
+    lacks it is told by the number of its dimensions.
+    """
+    if value.ndim == len(tensor.shape) - 1:
+        value = value[None]
+    return np.ascontiguousarray(value, tensor.dtype)
 
 
 class Engines:

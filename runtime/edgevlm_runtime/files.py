@@ -4,8 +4,11 @@ A bundle may come from anywhere, so a name in it is only a claim. A file is take
 relative and plain, where no part of its path is a symbolic link, and where it is a regular file
 with one name (a hard link could be a file from outside the bundle; ONNX Runtime would load it).
 
-The hash of a file is its sha256; of a file longer than 64 MiB it is the sha256 of the digests of
-its pieces of 64 MiB, one after the other, so that all cores can work on one file of weights.
+The hash of a file of up to 64 MiB is its sha256. A longer one is cut into pieces of 64 MiB, so that
+all cores can work on one file of weights; its hash is the sha256 of the pieces' digests (32 bytes
+each), one after the other. By hand:
+
+    split -b 64M --filter='openssl sha256 -binary' FILE | sha256sum
 
 No parser sees a byte that is not verified. The one thing that may begin earlier is that an engine
 packs raw weights, which takes as long as hashing them; it is not handed out, nor is a session,
@@ -29,10 +32,11 @@ from edgevlm_runtime.manifest import FileEntry
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 
+# A part of the format: another size would be another hash.
 _PIECE = 64 << 20
+# Bytes read at a time.
 _BLOCK = 1 << 20
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_BLOCK_BYTES = 16 << 20
 
 _RECOMPILE = "copy or compile the bundle again"
 _FORBIDDEN = "a bundle holds plain files only; compile it again"

@@ -84,9 +84,9 @@ class GraphSpec:
 class StateTensor:
     """One tensor carried from call to call: which input it feeds, which output renews it.
 
-    `kind` is a row of the runtime's table of state kinds: `kv_inplace` (the graph writes into the
-    buffer it reads), `kv_delta` (the graph returns new rows, the host commits them), `conv` (the
-    graph returns the wide buffer, the host crops it), `ssm`, `const`. `axis` is the slot axis.
+    `kind` is a row of the table in `edgevlm_runtime.state`, which says what the graph writes and
+    how it is committed. `axis` is the one along which slots, columns or new rows lie; `layer` is
+    for people.
     """
 
     name: str
@@ -123,9 +123,10 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One compiled form of the model: its graphs, its state, its token embedding.
+    """One compiled form of the model: its graphs, and the state that they share.
 
-    `embedding` names the graph of role `embedding` (engine kind `table`: the rows of an .npy file).
+    `max_positions` is the number of rows that the checkpoint was made for: no prompt with its
+    answer may be longer, whatever the capacity of the state.
     """
 
     target: str
@@ -137,7 +138,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
-    """Size and sha256 of one file of the bundle."""
+    """Size in bytes and hash of one file, the hash as `edgevlm_runtime.files` defines it."""
 
     size: int
     sha256: str

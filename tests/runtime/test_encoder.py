@@ -9,10 +9,10 @@ import pytest
 
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.encoder import Encoder
-from edgevlm_runtime.engine import Engines
+from edgevlm_runtime.engine import Engines, as_input
 from edgevlm_runtime.errors import BundleError, InputError
 from edgevlm_runtime.image import ImageLayout, PreparedImage
-from edgevlm_runtime.manifest import GraphSpec
+from edgevlm_runtime.manifest import GraphSpec, TensorSpec
 from tests.runtime.bundles import variant_of, write_manifest
 from tests.runtime.onnx_graph import OnnxGraph
 from tests.runtime.toy import Array
@@ -92,6 +92,15 @@ def test_the_grid_chooses_the_graph(tmp_path: Path) -> None:
     assert str(error.value) == (
         "no vision graph for a picture grid of (2, 2)\n  hint: the bundle has 1x2, 3x1"
     )
+
+
+def test_patches_get_the_batch_axis_and_the_dtype_of_the_graph() -> None:
+    tensor = TensorSpec(name="x", dtype="float16", shape=(1, 3, WIDTH))
+    for given in (QUESTION, QUESTION[None], np.asfortranarray(QUESTION)):
+        taken = as_input(given, tensor)
+        assert (taken.dtype, taken.shape) == (np.float16, (1, 3, WIDTH))
+        assert taken.flags.c_contiguous
+        np.testing.assert_array_equal(taken[0], QUESTION)
 
 
 def test_graphs_that_feed_each_other_in_a_circle(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from edgevlm_runtime import files
 from edgevlm_runtime.errors import BundleError
 
+README = Path(__file__).parents[2] / "runtime" / "README.md"
 CONTENT = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
 
 
@@ -38,6 +40,20 @@ def test_a_long_file_has_the_hash_of_its_pieces(tmp_path: Path, size: int) -> No
     wanted = hashlib.sha256(b"".join(pieces)).hexdigest()
     entry = files.entry_of(tmp_path / "f")
     assert entry.sha256 == (wanted if size > 1000 else hashlib.sha256(content).hexdigest())
+
+
+def test_a_long_file_can_be_verified_by_hand(tmp_path: Path) -> None:
+    """The command that the format's page gives, on a file of one piece and a bit."""
+    with (tmp_path / "f").open("wb") as file:
+        file.truncate(64 << 20)
+        file.seek(0, 2)
+        file.write(CONTENT)
+    command = "split -b 64M --filter='openssl sha256 -binary' f | sha256sum"
+    assert command.replace(" f ", " FILE ") in README.read_text()
+    printed = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.split()[0] == files.entry_of(tmp_path / "f").sha256
 
 
 @pytest.mark.usefixtures("small_pieces")
