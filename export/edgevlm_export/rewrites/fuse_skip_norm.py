@@ -23,13 +23,13 @@ class FuseSkipNorm(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse wherever a norm reads the sum of two tensors of one shape."""
-        graph = model.graph
-        found = [node for node in graph if node.op_type in _FUSED and _residual(node) is not None]
-        for norm in found:
-            add = _residual(norm)
-            assert add is not None
-            _fuse(graph, add, norm)
-        return ir.passes.PassResult(model, bool(found))
+        found = False
+        for norm in list(model.graph):
+            add = _residual(norm) if norm.op_type in _FUSED else None
+            if add is not None:
+                _fuse(model.graph, add, norm)
+                found = True
+        return ir.passes.PassResult(model, found)
 
 
 def _residual(norm: ir.Node) -> ir.Node | None:

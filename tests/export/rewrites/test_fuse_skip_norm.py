@@ -81,3 +81,22 @@ def test_the_sum_is_made_before_its_first_reader() -> None:
         "b: b, _, _, a = SkipSimplifiedLayerNormalization(x, y, w)",
         "c: c = Neg(a)",
     ]
+
+
+def test_one_of_two_norms_takes_the_add() -> None:
+    """As parallel attention and MLP have it: both norms read one sum."""
+    model = typed(
+        parsed("""
+        <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[1,T,16] x, float[1,T,16] y) => (float[1,T,16] c, float[1,T,16] b)
+        <float[16] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}>
+        { a = Add(x, y)
+          b = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001> (a, w)
+          c = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001> (a, w) }
+    """)
+    )
+    assert FuseSkipNorm()(model).modified
+    assert nodes(model) == [
+        "b: b, _, _, a = SkipSimplifiedLayerNormalization(x, y, w)",
+        "c: c = SimplifiedLayerNormalization(a, w)",
+    ]
