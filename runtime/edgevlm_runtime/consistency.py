@@ -29,6 +29,8 @@ SOURCES = {
 }
 PHASES = ("prefill", "decode", "verify")
 MASKS = ("causal", "additive")
+# A decoder keeps a position per row, from the start.
+MAX_POSITIONS = 1 << 24
 DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
@@ -69,6 +71,10 @@ def _check_variant(place: str, variant: Variant, files: Collection[str]) -> None
                 _refuse(f"{at}.axis", f"{state.axis} is not an axis of {len(state.shape)}")
     for graph in variant.graphs:
         _check_state_of(f"{place}.graphs[{graph.name}]", graph, tensors)
+    if not 0 < variant.max_positions <= MAX_POSITIONS:
+        _refuse(
+            f"{place}.max_positions", f"{variant.max_positions} is not from 1 to {MAX_POSITIONS}"
+        )
     if variant.rope and variant.rope.sections:
         total, num = sum(variant.rope.sections), len(variant.rope.inv_freq)
         if total != num:
@@ -124,10 +130,12 @@ def _known(place: str, name: str, known: Collection[str], what: str) -> None:
         _refuse(place, f"{name!r} is not one of the {what} ({listed})")
 
 
-def _unique(place: str, names: list[str]) -> None:
+def _unique(place: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
     for name in names:
-        if names.count(name) > 1:
+        if name in seen:
             _refuse(place, f"{name!r} stands twice")
+        seen.add(name)
 
 
 def _positive(place: str, numbers: Iterable[int]) -> None:

@@ -69,7 +69,9 @@ class Sampler:
         self._sampling = sampling
         self._temperature = max(sampling.temperature, _COLDEST)
         self._random = Random(seed)
+        # Made at the first draw that needs them, for the vocabulary that it has.
         self._scratch = np.empty(0, np.float32)
+        self._begins = np.empty(0, np.int64)
 
     def draw(self, logits: Array) -> int:
         """The next token from logits float32 [V]; raises EngineError where they are not finite."""
@@ -104,6 +106,7 @@ class Sampler:
         """The unnormalised probabilities [V] of all, in an array that the next draw overwrites."""
         if len(self._scratch) != len(logits):
             self._scratch = np.empty(len(logits), np.float32)
+            self._begins = np.arange(0, len(logits), _BLOCK)
         weights = np.subtract(logits, top, out=self._scratch)
         weights /= self._temperature
         return np.exp(weights, out=weights)
@@ -124,7 +127,7 @@ class Sampler:
     def _draw_of_all(self, logits: Array, top: float) -> int:
         """A token by its weight: first a block of the vocabulary, then an entry of it."""
         weights = self._weights_of_all(logits, top)
-        blocks = np.add.reduceat(weights, range(0, len(weights), _BLOCK))
+        blocks = np.add.reduceat(weights, self._begins)
         block, share = _place(blocks.tolist(), self._random.random())
         begin = block * _BLOCK
         place, _ = _place(weights[begin : begin + _BLOCK].tolist(), share)

@@ -34,7 +34,7 @@ def test_rows_that_are_not_of_the_call(toy: Path, rows: list[int]) -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([], "call has no tokens\n  hint: give at least one token"),
+        ([], "call has no tokens\n  hint: give at least one"),
         ([400], "token 400 is not one of the 400 of the embedding"),
         ([-1], "token -1 is not one of the 400 of the embedding"),
         ([5, -1, 6], "token -1 is not one of the 400 of the embedding"),
@@ -129,3 +129,11 @@ def test_graphs_of_a_phase_give_the_same_extras(tmp_path: Path) -> None:
         "none; 'hidden' per row\n"
         "  hint: compile the bundle again, with the same outputs for all graphs of a phase"
     )
+
+
+def test_a_prompt_without_rows(toy: Path) -> None:
+    decoder = opened(toy)
+    for ask in (lambda: decoder.check_prompt(0), lambda: decoder.prefill(prompt_of([]))):
+        with pytest.raises(InputError) as error:
+            ask()
+        assert str(error.value) == "prompt has no tokens\n  hint: give at least one"

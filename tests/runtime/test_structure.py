@@ -203,6 +203,11 @@ def test_text_that_is_not_json(text: str) -> None:
             "variants.ort.rope.sections: 9 frequencies are given of 8",
         ),
         (
+            at("variants", "ort", "max_positions"),
+            1 << 40,
+            "variants.ort.max_positions: 1099511627776 is not from 1 to 16777216",
+        ),
+        (
             at(*GRAPH, "dropped"),
             {"late": 1},
             "variants.ort.graphs[step].dropped: 'late' is not one of the state groups ('main')",

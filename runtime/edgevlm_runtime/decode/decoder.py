@@ -16,16 +16,13 @@ from edgevlm_runtime.decode.feeds import CallRows
 from edgevlm_runtime.decode.groups import Group
 from edgevlm_runtime.decode.protocol import Cancelled, Prompt, Step
 from edgevlm_runtime.decode.schedule import Calls, Schedule
-from edgevlm_runtime.decode.step_graph import BoundStep, StepGraph
+from edgevlm_runtime.decode.step_graph import KEPT_ROWS, BoundStep, StepGraph
 from edgevlm_runtime.engine import Array, Engines
 from edgevlm_runtime.engines.table import EmbeddingTable
 from edgevlm_runtime.errors import BundleError, EngineError, InputError
 from edgevlm_runtime.manifest import GraphSpec, StateGroup
 from edgevlm_runtime.rotary import RotaryTable
 from edgevlm_runtime.state import ConstBlock, RecurrentBlock, check_memory
-
-# Bound calls of few rows recur and are kept; a piece of a prompt is bound for one call.
-_KEPT_ROWS = 16
 
 # T rows of a call, W width, axes: numbers per position
 
@@ -109,8 +106,6 @@ class StepDecoder:
     def prefill(self, prompt: Prompt, *, cancelled: Callable[[], bool] | None = None) -> Step:
         """Consume a prompt in chunks; logits of its last row."""
         num_rows = len(prompt.embeds)
-        if num_rows == 0:
-            raise InputError("prompt has no rows", hint="give at least one token")
         calls = self._schedule.calls("prefill", num_rows, every=False)
         self._check_room(calls)
         for group in self._groups:
@@ -135,10 +130,8 @@ class StepDecoder:
     ) -> Step:
         """Consume tokens; logits of `rows` of them (ascending), of all by default."""
         num_rows = len(tokens)
-        if num_rows == 0:
-            raise InputError("call has no tokens", hint="give at least one token")
         wanted = tuple(range(num_rows)) if rows is None else _wanted(rows, num_rows)
-        phase = "decode" if num_rows == 1 else "verify"
+        phase = "verify" if num_rows > 1 else "decode"
         calls = self._schedule.calls(phase, num_rows, every=len(wanted) > 1)
         self._check_room(calls)
         embeds = self._table.row(tokens[0]) if num_rows == 1 else self._table.rows(tokens)
@@ -236,7 +229,7 @@ class StepDecoder:
         bound = self._bound.get(key)
         if bound is None:
             bound = BoundStep(step, num_rows, num_logits, self._groups, self._rotary, rows.values)
-            if step.graph.rows or num_rows <= _KEPT_ROWS:
+            if step.graph.rows or num_rows <= KEPT_ROWS:
                 self._bound[key] = bound
         return bound
 
@@ -252,10 +245,9 @@ class StepDecoder:
         for group, slots in zip(self._limited, calls.slots, strict=True):
             excess = max(excess, group.used + slots - group.capacity)
         if excess > 0:
-            what = "prompt" if calls.phase == "prefill" else "call"
             raise InputError(
-                f"{what} of {calls.num_rows} tokens is {excess} too long: {self._length} of the "
-                f"{self.capacity} tokens of the context are used",
+                f"{calls.what} of {calls.num_rows} tokens is {excess} too long: "
+                f"{self._length} of the {self.capacity} tokens of the context are used",
                 hint=f"shorten it by {excess} tokens, or compile with a larger context",
             )
 

@@ -32,9 +32,11 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What a call gave: `logits` float32 [R, V] and the graph's other named outputs.
+    """What a call gave: `logits` float32 [R, V] and the graphs' other named outputs.
 
-    The arrays are the decoder's own buffers and hold until its next call: copy what you keep.
+    Where several graph calls were needed, extras [1, T, ..] are joined, of others the last one is
+    given. The arrays are the decoder's own buffers and hold until its next call: copy what you
+    keep.
     """
 
     logits: Array
@@ -59,9 +61,11 @@ class Decoder(Protocol):
         ...
 
     def prefill(self, prompt: Prompt, *, cancelled: Callable[[], bool] | None = None) -> Step:
-        """Consume a prompt in chunks; logits of its last row.
+        """Consume a prompt in chunks; logits [1, V] of its last row.
 
-        `cancelled` is asked between chunks; `Cancelled` is raised where it says yes.
+        `cancelled` is asked between chunks; `Cancelled` is raised where it says yes, and `length`
+        then tells what was consumed. Raises InputError where the prompt does not fit, before any
+        row is consumed.
         """
         ...
 
@@ -72,11 +76,18 @@ class Decoder(Protocol):
         rows: Sequence[int] | None = None,
         values: Mapping[str, Array] | None = None,
     ) -> Step:
-        """Consume tokens; logits of `rows` of them, of all by default."""
+        """Consume tokens; logits [R, V] of `rows` of them (ascending), of all by default.
+
+        `values` are named outputs for graphs with inputs of source `output:NAME`. Raises InputError
+        where a token or a row does not exist, or where the tokens do not fit.
+        """
         ...
 
     def rewind(self, length: int) -> None:
-        """Forget all rows from `length` on."""
+        """Forget all rows from `length` on.
+
+        0 is always possible; EngineError where a state does not remember that length.
+        """
         ...
 
     def fork(self) -> Decoder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from edgevlm_runtime.consistency import PHASES
 from edgevlm_runtime.decode.groups import Group
-from edgevlm_runtime.decode.step_graph import StepGraph
+from edgevlm_runtime.decode.step_graph import KEPT_ROWS, StepGraph
 from edgevlm_runtime.errors import BundleError, InputError
 
 
@@ -19,19 +19,20 @@ from edgevlm_runtime.errors import BundleError, InputError
 class Calls:
     """The calls that consume `num_rows` rows: each a graph and how many of the rows it consumes.
 
-    `slots` says how many free slots each group whose slots run out must have.
+    `slots` says how many free slots each group whose slots run out must have; `what` names the rows
+    in messages.
     """
 
-    phase: str
+    what: str
     num_rows: int
     chunks: tuple[tuple[StepGraph, int], ...]
     slots: tuple[int, ...]
 
 
 class Schedule:
-    """The step graphs of a role, by phase. What it has worked out once it does not work out again.
+    """The step graphs of a role, by phase.
 
-    Every token asks, so the answer to a question that was asked before is one look into a table.
+    Every token asks, so what was answered for a few rows is kept; every prompt has another length.
     """
 
     def __init__(self, steps: Sequence[StepGraph], groups: Sequence[Group]) -> None:
@@ -55,13 +56,15 @@ class Schedule:
     def calls(self, phase: str, num_rows: int, *, every: bool) -> Calls:
         """The calls for these rows; `every` where logits of all of them are wanted.
 
-        Raises InputError where a graph would drop all the rows of a call.
+        Raises InputError where there are no rows, or where a graph drops all the rows of a call.
         """
         key = (phase, num_rows, every)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._worked_out(phase, num_rows, every)
-        return known
+        calls = self._known.get(key)
+        if calls is None:
+            calls = self._worked_out(phase, num_rows, every)
+            if num_rows <= KEPT_ROWS:
+                self._known[key] = calls
+        return calls
 
     def graph(self, phase: str, num_rows: int) -> StepGraph:
         """The graph of the phase that pads least, else the one that takes the most rows."""
@@ -72,6 +75,9 @@ class Schedule:
         return max(serving, key=lambda step: step.max_rows or 0)
 
     def _worked_out(self, phase: str, num_rows: int, every: bool) -> Calls:
+        what = "prompt" if phase == "prefill" else "call"
+        if num_rows == 0:
+            raise InputError(f"{what} has no tokens", hint="give at least one")
         chunks = tuple(self._chunks(phase, num_rows, every))
         for step, size in chunks:
             dropped = max(step.graph.dropped.values(), default=0)
@@ -82,7 +88,7 @@ class Schedule:
                     hint="lengthen the prompt, or compile with another size of pieces",
                 )
         slots = tuple(_slots(group, chunks) for group in self._limited)
-        return Calls(phase=phase, num_rows=num_rows, chunks=chunks, slots=slots)
+        return Calls(what=what, num_rows=num_rows, chunks=chunks, slots=slots)
 
     def _chunks(self, phase: str, num_rows: int, every: bool) -> Iterator[tuple[StepGraph, int]]:
         while num_rows:

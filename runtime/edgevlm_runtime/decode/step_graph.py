@@ -18,6 +18,8 @@ from edgevlm_runtime.manifest import GraphSpec, TensorSpec
 from edgevlm_runtime.rotary import RotaryTable
 
 LOGITS = "logits"
+# What was made for a call of few rows is kept: such calls recur, chunks of a prompt hardly do.
+KEPT_ROWS = 16
 Shape = tuple[int | str, ...]
 
 # T rows of a call, n of them valid, R rows of logits
