@@ -139,7 +139,7 @@ class Fields:
         self._read.update(names)
 
     def error(self, clause: str) -> ModelError:
-        """What makes this file one that no model can have been saved with."""
+        """The error of a file that lacks something, or contradicts itself."""
         return ModelError(
             f"{self.file}: {clause}",
             hint=f"take {self.file} from the checkpoint's own repository",
