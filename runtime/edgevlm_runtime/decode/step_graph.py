@@ -127,16 +127,7 @@ class BoundStep:
             ]
             for group in groups
         ]
-        self._state_inputs: dict[str, Array] = {}
-        state_outputs: dict[str, Array] = {}
-        for group, arrays in zip(groups, self.written, strict=True):
-            for block, written in zip(group.blocks, arrays, strict=True):
-                read = block.reads()
-                for index, tensor in enumerate(block.tensors):
-                    array = read[index]
-                    self._state_inputs[tensor.name] = array
-                    if written is not None:
-                        state_outputs[tensor.output] = array if written is read else written[index]
+        self._state_inputs, state_outputs = _state_arrays(groups, self.written)
         inputs = {tensor.name: self._input(tensor, values) for tensor in step.graph.inputs}
         self._rope_feed(inputs)
         outputs = {
@@ -144,7 +135,7 @@ class BoundStep:
             for tensor in step.graph.outputs
         }
         self._call = step.load().bind(inputs, outputs)
-        # Bound outputs stay where they are; then what shows them need not be made at every token.
+        # Bound outputs stay where they are, so views of them need not be made at every token.
         self._stays = step.picks_logits and all(array is not None for array in outputs.values())
         self._shown: tuple[object, ...] = ()
         self._result: Step | None = None
@@ -253,3 +244,21 @@ class BoundStep:
                 )
             feed = feeds.rope_feed(tables["rope_cos"], tables["rope_sin"], self._rotary)
             self._fills.append(feed)
+
+
+def _state_arrays(
+    groups: Sequence[Group], written: Sequence[Sequence[Array | None]]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What a graph reads of the state, by tensor name; what it writes of it, by output name."""
+    inputs: dict[str, Array] = {}
+    outputs: dict[str, Array] = {}
+    for group, arrays in zip(groups, written, strict=True):
+        for block, new in zip(group.blocks, arrays, strict=True):
+            old = block.reads()
+            for index, tensor in enumerate(block.tensors):
+                inputs[tensor.name] = old[index]
+                if new is old:  # in place: one array, so that the engine sees that it is one
+                    outputs[tensor.output] = inputs[tensor.name]
+                elif new is not None:
+                    outputs[tensor.output] = new[index]
+    return inputs, outputs
