@@ -18,7 +18,7 @@ from edgevlm.evidence.witness import Question, Witness
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.decode.decoder import open_decoder
 from edgevlm_runtime.decode.protocol import Decoder, Prompt
-from edgevlm_runtime.engine import Engines
+from edgevlm_runtime.engine import Engines, as_input
 from edgevlm_runtime.engines.table import open_table
 from edgevlm_runtime.manifest import GraphSpec
 
@@ -81,9 +81,7 @@ class GraphWitness:
             tapped = crossing_values(onnx.load(path, load_external_data=False))
             wanted = [graph.outputs[0].name, *tapped]
             for feed in image.feeds:
-                inputs = {
-                    spec.name: _shaped(feed[spec.source], len(spec.shape)) for spec in graph.inputs
-                }
+                inputs = {spec.name: as_input(feed[spec.source], spec) for spec in graph.inputs}
                 outputs = tapped_run(path, wanted, inputs)
                 tokens = outputs[wanted[0]]
                 projector.append(tokens.reshape(-1, tokens.shape[-1]))
@@ -113,8 +111,3 @@ def crossing_values(model: onnx.ModelProto, part: str = FEATURES) -> list[str]:
 
 def _part(name: str) -> str:
     return name.split(".")[0].split("/")[0]
-
-
-def _shaped(array: NDArray[np.generic], rank: int) -> NDArray[np.generic]:
-    """Add the batch axis that a native picture's patches come without."""
-    return array if array.ndim == rank else array[None]
