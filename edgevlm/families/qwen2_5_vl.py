@@ -12,6 +12,7 @@ from typing import Any
 from edgevlm.errors import ModelError
 from edgevlm.families.fields import Fields
 from edgevlm.families.image_spec import ImageChoices
+from edgevlm.families.processor_files import IMAGE_PROCESSOR, PROCESSOR, image_processor
 from edgevlm.families.text import ROTARY_TABLES, decoder_spec, decoder_weights, head_copies
 from edgevlm.families.vision import vision_attention
 from edgevlm.families.weights import (
@@ -98,6 +99,7 @@ def spec(config: Mapping[str, Any], files: Mapping[str, bytes], choices: ImageCh
             f"the vision encoder gives {out_width} numbers a row, and the decoder takes "
             f"{decoder.width}"
         )
+    _check_patches(files, vision)
     image_token_id = top.take("image_token_id", int, 151655)
     top.ignore(*ids, "text_config", "vision_token_id")
     top.finish()
@@ -200,6 +202,25 @@ def _grids(choices: ImageChoices, merge: int, window: int) -> tuple[tuple[int, i
                 hint=f"choose multiples of {merge}",
             )
     return choices.grids
+
+
+def _check_patches(files: Mapping[str, bytes], vision: VisionSpec) -> None:
+    """The processor, where there is one, must cut the patches that the encoder reads."""
+    if not {PROCESSOR, IMAGE_PROCESSOR} & files.keys():
+        return
+    values, file, where = image_processor(files)
+    sizes = {
+        "patch_size": (14, vision.patch_size),
+        "temporal_patch_size": (2, vision.temporal_patch_size),
+        "merge_size": (2, vision.merge),
+    }
+    for name, (default, ours) in sizes.items():
+        found = values.get(name, default)
+        if found != ours:
+            raise ModelError(
+                f"{file}: {where}{name} is {found}, the vision encoder's is {ours}",
+                hint="take both files from the same checkpoint",
+            )
 
 
 def _sources(spec: VlmSpec) -> Iterable[tuple[str, Source]]:

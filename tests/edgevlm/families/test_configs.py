@@ -200,6 +200,19 @@ def test_what_a_family_does_not_do_is_said_by_name(name: str) -> None:
     assert refusal(config) == message
 
 
+def test_the_processor_cuts_the_patches_of_the_encoder() -> None:
+    family = family_of("qwen2_5_vl")
+    files = {"preprocessor_config.json": b'{"patch_size": 14, "merge_size": 2}'}
+    assert family.spec(QWEN25_VL_3B, files, GRIDS) == read(QWEN25_VL_3B)
+    files = {"preprocessor_config.json": b'{"patch_size": 14, "merge_size": 4}'}
+    with pytest.raises(ModelError) as error:
+        family.spec(QWEN25_VL_3B, files, GRIDS)
+    assert str(error.value) == (
+        "preprocessor_config.json: merge_size is 4, the vision encoder's is 2\n"
+        "  hint: take both files from the same checkpoint"
+    )
+
+
 def test_grids_are_whole_squares() -> None:
     assert refusal(QWEN25_VL_3B, ImageChoices(grids=((32, 31),))) == (
         "a grid of 32 x 31 patches does not divide into squares of 2 x 2\n"
