@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgevlm.cache import digest, file_digest
 from edgevlm.errors import ModelError
 from edgevlm.families import Family, family_of
 from edgevlm.families.generation import generation_spec
@@ -94,6 +95,11 @@ class Checkpoint:
     def json(self, name: str) -> dict[str, Any] | None:
         """One of the small files, or None where it is absent."""
         return _parse(name, self.files[name]) if name in self.files else None
+
+    def content_key(self) -> str:
+        """Hash of all that is read of the checkpoint, every weight included."""
+        shards = {shard.name: file_digest(shard) for shard in self.shards}
+        return digest(self.files, shards)
 
     def _check_tokenizer(self, spec: VlmSpec) -> None:
         """Refuse a tokenizer that is none, or with more tokens than the embedding has rows."""

@@ -53,7 +53,7 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle (a folder).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document, no progress.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 VariantOption = Annotated[
     str | None,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from edgevlm.cache import StageCache, code_version, default_root, digest, file_digest
+from edgevlm.cache import StageCache, code_version, default_root, digest
 from edgevlm.checkpoint import load, open_checkpoint
 from edgevlm.evidence.exam import Exam, prepare_exam
 from edgevlm.evidence.gates import limits
@@ -88,9 +88,7 @@ class Job:
     @cached_property
     def checkpoint_key(self) -> str:
         """Hash of the checkpoint's content and of the code that reads it."""
-        files = {name: digest(content) for name, content in self.checkpoint.files.items()}
-        shards = [file_digest(shard) for shard in self.checkpoint.shards]
-        return digest(code_version(), files, shards, self.recipe.image)
+        return digest(code_version(), self.checkpoint.content_key(), self.recipe.image)
 
     @cached_property
     def model_key(self) -> str:

@@ -42,11 +42,16 @@ def evaluate(
     samples: Sequence[Sample],
     *,
     progress: Progress,
+    cache: StageCache,
     referee: Path | None = None,
-    cache: StageCache | None = None,
     max_new_tokens: int | None = None,
 ) -> EvalReport:
-    """Put samples to a bundle, greedily; `referee` is the checkpoint that is to answer too."""
+    """Put samples to a bundle, greedily; `referee` is the checkpoint that is to answer too.
+
+    The referee's answers are kept in the cache: every variant is held against the same ones.
+    """
+    # Every file, those that this variant does not read included, before there is any figure.
+    bundle.check()
     longest = max_new_tokens or bundle.manifest.generation.max_new_tokens
     session = Session(bundle)
     tokens: list[tuple[int, ...]] = []
@@ -63,7 +68,16 @@ def evaluate(
     if referee is None:
         return EvalReport(accuracy=accuracy, answers=tuple(texts))
     exam = _exam(bundle, samples, longest)
-    theirs = _referee_answers(referee, bundle.manifest.image, exam, progress, cache)
+    checkpoint = open_checkpoint(str(referee))
+    key = digest(code_version(), checkpoint.content_key(), exam.digest)
+
+    def ask_referee() -> dict[str, Any]:
+        from edgevlm.evidence.referee import Referee
+
+        spec = checkpoint.architecture(_choices(bundle.manifest.image))
+        return {"answers": _ask(Referee(checkpoint, spec).tokens, exam, progress)}
+
+    theirs = cache.json("referee", key, ask_referee)["answers"]
     differing = tuple(
         number
         for number, (ours, full) in enumerate(zip(tokens, theirs, strict=True))
@@ -89,33 +103,6 @@ def _exam(bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int) -> Exa
         max_new_tokens=max_new_tokens,
         score=None,
     )
-
-
-def _referee_answers(
-    folder: Path,
-    image: Mapping[str, Any],
-    exam: Exam,
-    progress: Progress,
-    cache: StageCache | None,
-) -> list[list[int]]:
-    """Answers of the Hugging Face model, kept in the cache: both variants are held against them."""
-    checkpoint = open_checkpoint(str(folder))
-    shards = [
-        [shard.name, shard.stat().st_size, shard.stat().st_mtime_ns] for shard in checkpoint.shards
-    ]
-
-    def make() -> dict[str, Any]:
-        from edgevlm.evidence.referee import Referee
-
-        spec = checkpoint.architecture(_choices(image))
-        return {"answers": _ask(Referee(checkpoint, spec).tokens, exam, progress)}
-
-    if cache is None:
-        answers: list[list[int]] = make()["answers"]
-        return answers
-    key = digest(code_version(), checkpoint.files, shards, exam.digest)
-    kept: list[list[int]] = cache.json("referee", key, make)["answers"]
-    return kept
 
 
 def _choices(image: Mapping[str, Any]) -> ImageChoices:

@@ -21,7 +21,7 @@ def compile_command(path: Path, out: Path | None, *, as_json: bool, quiet: bool)
     out = out or Path("build") / recipe.name
     silence_libraries()
     begun = time.monotonic()
-    compile_recipe(recipe, out, progress=shown_progress(quiet=quiet))
+    compile_recipe(recipe, out, progress=shown_progress(quiet=quiet or as_json))
     seconds = time.monotonic() - begun
     bundle = Bundle.open(out)
     if as_json:

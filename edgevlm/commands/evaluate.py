@@ -44,8 +44,6 @@ def eval_command(path: Path, options: EvalOptions, *, as_json: bool, quiet: bool
     if options.checkpoint is not None and options.against is None:
         raise InputError("--checkpoint is given without --against", hint="add --against hf")
     bundle = Bundle.open(path, options.variant)
-    # Every file, those that this variant does not read included, before any figure is shown.
-    bundle.check()
     referee = None
     if options.against is not None:
         referee = options.checkpoint or find_checkpoint(bundle)
@@ -61,9 +59,9 @@ def eval_command(path: Path, options: EvalOptions, *, as_json: bool, quiet: bool
     report = evaluate(
         bundle,
         samples,
-        progress=shown_progress(quiet=quiet),
-        referee=referee,
+        progress=shown_progress(quiet=quiet or as_json),
         cache=StageCache(root=default_root()),
+        referee=referee,
         max_new_tokens=options.max_new_tokens,
     )
     document = eval_document(bundle, options, report, time.monotonic() - begun)

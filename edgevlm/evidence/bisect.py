@@ -38,18 +38,18 @@ class Divergence:
     runs: int
 
 
-Measure = Callable[[Sequence[str]], Mapping[str, float]]
-
-
-def first_divergence(sites: Sequence[str], measure: Measure) -> Divergence | None:
+def first_divergence(
+    sites: Sequence[str], measure: Callable[[Sequence[str]], Mapping[str, float]]
+) -> Divergence | None:
     """Return the first site that diverges, or None where even the last one agrees.
 
     `measure(sites)` returns, per site, the largest error in units of that site's std.
     """
     last = measure(sites[-1:])[sites[-1]]
-    allowed = max(NOISE, SHARE * last)
-    if not last > NOISE and not np.isnan(last):
+    if last <= NOISE:
         return None
+    # A NaN at the end leaves the noise alone, which every error before it is held against.
+    allowed = NOISE if np.isnan(last) else max(NOISE, SHARE * last)
     low, high, error, runs = -1, len(sites) - 1, last, 1
     while high - low > 1:
         step = max(1, (high - low) // PROBES)
@@ -70,15 +70,37 @@ def first_divergence(sites: Sequence[str], measure: Measure) -> Divergence | Non
 def site_outputs(
     model: nn.Module, sites: Sequence[str], run: Callable[[], object]
 ) -> dict[str, NDArray[np.float32]]:
-    """Run the model and return what the modules of those names put out."""
-    seen: dict[str, NDArray[np.float32]] = {}
+    """Run the model; return what each module put out, flattened, all its calls one after another.
+
+    A module is called once for every tile of a picture, and the reference's once for all of them.
+    """
+    seen: dict[str, list[NDArray[np.float32]]] = {}
+
+    def note(site: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        seen.setdefault(site, []).append(first.detach().float().flatten().numpy().copy())
+
+    _hooked(model, sites, note, run)
+    return {site: np.concatenate(outputs) for site, outputs in seen.items()}
+
+
+def computed_order(model: nn.Module, sites: Sequence[str], run: Callable[[], object]) -> list[str]:
+    """The sites in the order in which the model first computes them."""
+    order: dict[str, None] = {}
+    _hooked(model, sites, lambda site, _output: order.setdefault(site), run)
+    return list(order)
+
+
+def _hooked(
+    model: nn.Module,
+    sites: Sequence[str],
+    note: Callable[[str, Any], None],
+    run: Callable[[], object],
+) -> None:
+    """Run the model with `note(site, output)` called behind the modules of these names."""
 
     def hook(site: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            seen[site] = first.detach().float().numpy().copy()
-
-        return note
+        return lambda _module, _inputs, output: note(site, output)
 
     handles = [model.get_submodule(site).register_forward_hook(hook(site)) for site in sites]
     try:
@@ -87,17 +109,14 @@ def site_outputs(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
 def site_errors(
-    reference: Mapping[str, NDArray[np.float32]], graph: Mapping[str, NDArray[np.float32]]
+    reference: Mapping[str, NDArray[np.float32]], other: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, float]:
-    """Return the largest error of each site in units of its std; rows are compared flattened."""
-    return {
-        site: float(
-            np.abs(want.ravel().astype(np.float64) - graph[site].ravel()).max()
-            / max(float(want.std()), 1e-12)
-        )
-        for site, want in reference.items()
-    }
+    """Return the largest error of each site in units of its std; values are compared in order."""
+    errors = {}
+    for site, want in reference.items():
+        error = np.abs(want.ravel().astype(np.float64) - other[site].ravel()).max()
+        errors[site] = float(error / max(float(want.std()), 1e-12))
+    return errors

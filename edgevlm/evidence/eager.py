@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,9 @@ def eager_witness(
     *is* our greedy answer; else the answer is generated.
     """
     vision, projector = _pictures(model, question, parent)
-    rows = model.embed(*_with_images(model, question, parent.projector))
+    token_ids = torch.from_numpy(question.prompt.token_ids)
+    visual = np.concatenate(parent.projector) if parent.projector else None
+    rows = model.embed(token_ids, None if visual is None else torch.from_numpy(visual))
     fed = torch.tensor(parent.answer[:-1], dtype=torch.long)
     whole = torch.cat([rows, model.embedding(fed)[None]], dim=1)
     prompt_rows = rows.shape[1]
@@ -47,6 +51,12 @@ def positions(question: Question, num_answered: int) -> Tensor:
     return torch.cat([prompt, answered], dim=-1)
 
 
+def pixels_of(feed: Mapping[str, NDArray[Any]]) -> Tensor:
+    """Pixels of one call: [1, C, H, W], or [1, P, values], which a feed has without its axis 0."""
+    pixels = torch.from_numpy(feed["pixels"])
+    return pixels if pixels.ndim == 4 else pixels[None]
+
+
 def _pictures(
     model: Vlm, question: Question, parent: Witness
 ) -> tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]:
@@ -56,9 +66,7 @@ def _pictures(
         grid = image.layout.grid or model.spec.vision.grids[0]
         tables = grid_tables(model.spec.vision, grid)
         for feed in image.feeds:
-            pixels = torch.from_numpy(feed["pixels"])
-            # A native picture is patches [rows, values], one picture a call.
-            features = model.vision(pixels if pixels.ndim == 4 else pixels[None], tables)
+            features = model.vision(pixels_of(feed), tables)
             if parent.vision:
                 given = torch.from_numpy(parent.vision[len(vision)]).reshape(features.shape)
             else:
@@ -66,15 +74,6 @@ def _pictures(
             vision.append(features.flatten(0, -2).numpy())
             projector.append(model.projector(given, grid).flatten(0, -2).numpy())
     return tuple(vision), tuple(projector)
-
-
-def _with_images(
-    model: Vlm, question: Question, visual_tokens: tuple[NDArray[np.float32], ...]
-) -> tuple[Tensor, Tensor | None]:
-    token_ids = torch.from_numpy(question.prompt.token_ids)
-    if not visual_tokens:
-        return token_ids, None
-    return token_ids, torch.from_numpy(np.concatenate(visual_tokens))
 
 
 def _greedy(

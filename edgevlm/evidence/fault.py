@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +31,16 @@ def find_fault(made: ModelGraph, path: Path) -> Divergence | None:
 
     def measure(wanted: Sequence[str]) -> dict[str, float]:
         reference = site_outputs(made.module, wanted, lambda: made.module(*made.examples))
-        return site_errors(reference, tapped_run(path, wanted, inputs))
+        (found,) = tapped_runs(path, wanted, [inputs])
+        return site_errors(reference, found)
 
     return first_divergence(sites, measure)
 
 
-def tapped_run(
-    path: Path, values: Sequence[str], inputs: dict[str, NDArray[np.generic]]
-) -> dict[str, NDArray[np.float32]]:
-    """Run a copy of a written graph in which these values are outputs, and return them."""
+def tapped_runs(
+    path: Path, values: Sequence[str], calls: Sequence[Mapping[str, NDArray[np.generic]]]
+) -> list[dict[str, NDArray[np.float32]]]:
+    """Run a copy of a written graph whose outputs are these values; return them for each call."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Packed copies of the weights would double the memory, for one run.
@@ -49,5 +50,5 @@ def tapped_run(
         copy = Path(folder) / path.name
         with_outputs(path, values, copy)
         session = ort.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
-        outputs = session.run(list(values), inputs)
-    return dict(zip(values, outputs, strict=True))
+        runs = [session.run(list(values), dict(inputs)) for inputs in calls]
+    return [dict(zip(values, outputs, strict=True)) for outputs in runs]

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgevlm.evidence.fault import tapped_run
+from edgevlm.evidence.fault import tapped_runs
 from edgevlm.evidence.witness import Question, Witness
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.decode.decoder import open_decoder
@@ -80,9 +80,11 @@ class GraphWitness:
             path = self._folder / graph.file
             tapped = crossing_values(onnx.load(path, load_external_data=False))
             wanted = [graph.outputs[0].name, *tapped]
-            for feed in image.feeds:
-                inputs = {spec.name: as_input(feed[spec.source], spec) for spec in graph.inputs}
-                outputs = tapped_run(path, wanted, inputs)
+            calls = [
+                {spec.name: as_input(feed[spec.source], spec) for spec in graph.inputs}
+                for feed in image.feeds
+            ]
+            for outputs in tapped_runs(path, wanted, calls):
                 tokens = outputs[wanted[0]]
                 projector.append(tokens.reshape(-1, tokens.shape[-1]))
                 # A projector that reads several values has no one input to compare.

@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from edgevlm.commands.progress import shown_progress
+from edgevlm.progress import Progress
 from edgevlm.scenes.card import render_table
 from edgevlm.scenes.sample import Sample, scenes_samples
 from edgevlm.scenes.score import Scores, score, scores_json, summarize
@@ -25,7 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Evaluate, print a table and, where asked, write the figures as JSON."""
     options = _parser().parse_args(arguments)
     samples = scenes_samples(options.split, options.limit, options.seed)
-    answer = load_answerer(options.model, batch=options.batch)
+    progress = shown_progress(quiet=False)
+    answer = load_answerer(options.model, batch=options.batch, progress=progress)
     seen = evaluate(answer, samples)
     blank = evaluate(answer, [blanked(sample) for sample in samples]) if options.blank else None
     figures: dict[str, Any] = {
@@ -56,7 +59,7 @@ def blanked(sample: Sample) -> Sample:
     )
 
 
-def load_answerer(folder: Path, *, batch: int) -> Answer:
+def load_answerer(folder: Path, *, batch: int, progress: Progress) -> Answer:
     """Greedy answers of a checkpoint through stock transformers, in batches of like prompts."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -68,36 +71,40 @@ def load_answerer(folder: Path, *, batch: int) -> Answer:
     model.to(host).eval()
 
     def answer(samples: Sequence[Sample]) -> list[str]:
-        # Like prompts together: the same number of pictures, and descriptions apart.
-        order = sorted(
-            range(len(samples)),
-            key=lambda index: (
-                len(samples[index].images),
-                samples[index].task == "describe",
-                len(samples[index].messages),
-            ),
-        )
         answers = [""] * len(samples)
-        for first in range(0, len(order), batch):
-            chosen = order[first : first + batch]
-            texts = [
-                processor.apply_chat_template(
-                    list(samples[index].messages), tokenize=False, add_generation_prompt=True
-                )
-                for index in chosen
-            ]
-            images = [list(samples[index].images) for index in chosen]
-            inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-            inputs = inputs.to(host, dtype=model.dtype)
-            with torch.inference_mode():
-                out = model.generate(**inputs, do_sample=False, max_new_tokens=_MAX_NEW_TOKENS)
-            new = out[:, inputs["input_ids"].shape[1] :]
-            decoded = processor.batch_decode(new, skip_special_tokens=True)
-            for index, text in zip(chosen, decoded, strict=True):
-                answers[index] = text
+        order = _alike(samples)
+        with progress.stage("questions", len(samples)) as advance:
+            for first in range(0, len(order), batch):
+                chosen = order[first : first + batch]
+                texts = [
+                    processor.apply_chat_template(
+                        list(samples[index].messages), tokenize=False, add_generation_prompt=True
+                    )
+                    for index in chosen
+                ]
+                images = [list(samples[index].images) for index in chosen]
+                inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+                inputs = inputs.to(host, dtype=model.dtype)
+                with torch.inference_mode():
+                    out = model.generate(**inputs, do_sample=False, max_new_tokens=_MAX_NEW_TOKENS)
+                new = out[:, inputs["input_ids"].shape[1] :]
+                decoded = processor.batch_decode(new, skip_special_tokens=True)
+                for index, text in zip(chosen, decoded, strict=True):
+                    answers[index] = text
+                advance(len(chosen))
         return answers
 
     return answer
+
+
+def _alike(samples: Sequence[Sample]) -> list[int]:
+    """Numbers of the samples, like prompts together: by pictures, descriptions apart, by turns."""
+
+    def shape(index: int) -> tuple[int, bool, int]:
+        sample = samples[index]
+        return len(sample.images), sample.task == "describe", len(sample.messages)
+
+    return sorted(range(len(samples)), key=shape)
 
 
 def _parser() -> argparse.ArgumentParser:

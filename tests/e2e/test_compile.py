@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from edgevlm.cache import StageCache
 from edgevlm.compile import compile_recipe
+from edgevlm.errors import EvidenceError
 from edgevlm.evaluate import evaluate
 from edgevlm.progress import Silent
 from edgevlm.recipe import load_recipe
@@ -84,6 +86,20 @@ def test_a_second_compile_reuses_every_stage(
     assert {p.name for p in again.iterdir()} == {p.name for p in bundle.iterdir()}
     for path in bundle.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_stage_altered_in_the_cache_is_measured_anew(
+    bundle: Path, workshop: Path, cache: StageCache, tmp_path: Path
+) -> None:
+    copy = StageCache(root=tmp_path / "cache")
+    shutil.copytree(cache.root, copy.root)
+    for weights in copy.root.glob("graphs/*/weights.bin"):
+        weights.write_bytes(bytes(weights.stat().st_size))
+    out = tmp_path / "bundle"
+    with pytest.raises(EvidenceError) as error:
+        compile_recipe(load_recipe(workshop / "recipe.yaml"), out, cache=copy)
+    assert error.value.rung == "ort"
+    assert not out.exists()
 
 
 def test_a_killed_compile_leaves_nothing_and_the_next_one_resumes(

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from edgevlm.evidence.bisect import NOISE, first_divergence, site_errors, site_outputs
+from edgevlm.evidence.bisect import (
+    NOISE,
+    computed_order,
+    first_divergence,
+    site_errors,
+    site_outputs,
+)
 
 SITES = [f"decoder.layers.{i}.mlp.down" for i in range(300)]
 
@@ -50,8 +56,22 @@ def test_site_outputs_are_those_of_the_named_modules() -> None:
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     seen = site_outputs(model, ["0", "1"], lambda: model(x))
     # The same modules on the same input: equal to the bit.
-    np.testing.assert_array_equal(seen["1"], model(x).detach().numpy())
-    np.testing.assert_array_equal(seen["0"], model[0](x).detach().numpy())
+    np.testing.assert_array_equal(seen["1"], model(x).detach().numpy().ravel())
+    np.testing.assert_array_equal(seen["0"], model[0](x).detach().numpy().ravel())
+
+
+def test_site_outputs_of_several_calls_follow_each_other() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    tiles = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    seen = site_outputs(model, ["1"], lambda: [model(tile) for tile in tiles])
+    # Products of one row do not depend on how many there are, up to the order of additions.
+    np.testing.assert_allclose(seen["1"], model(tiles).detach().numpy().ravel(), atol=1e-6)
+
+
+def test_order_is_that_of_the_first_call() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU())
+    x = torch.zeros(1, 3)
+    assert computed_order(model, ["1", "0"], lambda: [model(x), model(x)]) == ["0", "1"]
 
 
 def test_site_errors_are_in_units_of_std() -> None:

@@ -13,6 +13,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from edgevlm.progress import Silent
 from edgevlm.scenes import SPLITS, draw_scene, make_scene, scenes_samples
 from edgevlm.scenes.card import CARD_FILE, render_card, render_table
 from edgevlm.scenes.evaluate import blanked, evaluate, load_answerer
@@ -74,7 +75,7 @@ def test_saved_model_loads_stock(saved: Path) -> None:
 def test_untrained_model_scores_nothing(saved: Path) -> None:
     """The whole evaluation runs, pairs and turns included, and random weights know nothing."""
     samples = scenes_samples("calibration", 18, 0)
-    scores = evaluate(load_answerer(saved, batch=18), samples)
+    scores = evaluate(load_answerer(saved, batch=18, progress=Silent()), samples)
     assert scores.mean_accuracy == 0.0
     assert sum(entry.num_samples for entry in scores.tasks) == 18
 
@@ -103,7 +104,7 @@ def test_shipped_model_loads_stock() -> None:
 def test_shipped_model_sees() -> None:
     """On samples it was never shown it is far above the same model without sight."""
     samples = scenes_samples("calibration", 90, 0)
-    answer = load_answerer(SHIPPED, batch=45)
+    answer = load_answerer(SHIPPED, batch=45, progress=Silent())
     seen = evaluate(answer, samples).mean_accuracy
     guessed = evaluate(answer, [blanked(sample) for sample in samples]).mean_accuracy
     assert seen - guessed > 0.2
