@@ -8,6 +8,7 @@ along axis 1, the rows, in the order in which the pictures stand in the prompt.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
@@ -21,7 +22,6 @@ from edgevlm_runtime.image import PreparedImage
 from edgevlm_runtime.manifest import GraphSpec, TensorSpec
 
 IMAGE_EMBEDS = "image_embeds"
-_PICTURE = {"pixels", "grid"}
 _DECODING = {"embeds", "state", "tokens"}
 
 
@@ -32,14 +32,16 @@ class Encoder:
         """Order the graphs; they are loaded when they are first called."""
         self._bundle, self._engines = bundle, engines
         self._order = _ordered(_before_decoding(bundle.variant.graphs))
-        self._per_picture: set[str] = set()
-        made_per_picture: set[str] = set()
+        self._per_prompt: list[GraphSpec] = []
+        self._per_picture: list[GraphSpec] = []
+        of_pictures = {"pixels", "grid"}
         for graph in self._order:
-            sources = {tensor.source for tensor in graph.inputs}
-            named = {f"output:{name}" for name in made_per_picture}
-            if sources & (_PICTURE | named):
-                self._per_picture.add(graph.name)
-                made_per_picture |= {tensor.name for tensor in graph.outputs}
+            if of_pictures.isdisjoint(tensor.source for tensor in graph.inputs):
+                self._per_prompt.append(graph)
+            else:
+                self._per_picture.append(graph)
+                of_pictures |= {f"output:{tensor.name}" for tensor in graph.outputs}
+        _check_grids(self._per_picture)
 
     def load(self) -> None:
         """Load all graphs but those that are for one of several picture grids."""
@@ -49,24 +51,28 @@ class Encoder:
 
     def run(self, pictures: Sequence[PreparedImage], question: Array) -> dict[str, Array]:
         """The named outputs of all graphs, for `question` [Q, W], the text rows of the prompt."""
-        outputs: dict[str, Array] = {}
-        for graph in self._order:
-            if graph.name not in self._per_picture:
-                outputs |= self._call(graph, {}, outputs, question)
+        prompt: dict[str, Array] = {"question_embeds": question[None]}
+        for graph in self._per_prompt:
+            prompt |= self._call(graph, prompt)
         calls = []
         for picture in pictures:
-            for feeds in picture.feeds:
-                made = dict(outputs)
+            for feed in picture.feeds:
+                values: dict[str, Array] = {**prompt, **feed}
                 for graph in self._serving(picture.layout.grid):
-                    made |= self._call(graph, feeds, made, question)
-                calls.append(made)
-        for name in calls[0].keys() - outputs.keys() if calls else ():
-            outputs[name] = np.concatenate([made[name] for made in calls], axis=1)
+                    values |= self._call(graph, values)
+                calls.append(values)
+        outputs = {}
+        for source in calls[0] if calls else prompt:
+            kind, _, name = source.partition(":")
+            if kind == "output" and source in prompt:
+                outputs[name] = prompt[source]
+            elif kind == "output":
+                outputs[name] = np.concatenate([values[source] for values in calls], axis=1)
         return outputs
 
     def _serving(self, grid: tuple[int, int] | None) -> list[GraphSpec]:
         """The graphs for a picture of a grid, in order."""
-        graphs = [graph for graph in self._order if graph.name in self._per_picture]
+        graphs = self._per_picture
         serving = [graph for graph in graphs if graph.grid is None or graph.grid == grid]
         if graphs and not serving:
             grids = ", ".join(f"{graph.grid[0]}x{graph.grid[1]}" for graph in graphs if graph.grid)
@@ -75,45 +81,44 @@ class Encoder:
             )
         return serving
 
-    def _call(
-        self,
-        graph: GraphSpec,
-        feeds: Mapping[str, Array],
-        made: Mapping[str, Array],
-        question: Array,
-    ) -> Mapping[str, Array]:
-        inputs = {
-            tensor.name: self._input(graph, tensor, feeds, made, question)
-            for tensor in graph.inputs
-        }
+    def _call(self, graph: GraphSpec, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph on values by source; what it gives, by source too."""
+        inputs = {tensor.name: self._input(graph, tensor, values) for tensor in graph.inputs}
         outputs: dict[str, Array | None] = {tensor.name: None for tensor in graph.outputs}
-        return self._engines.open(graph).bind(inputs, outputs).run()
+        made = self._engines.open(graph).bind(inputs, outputs).run()
+        return {f"output:{name}": array for name, array in made.items()}
 
-    def _input(
-        self,
-        graph: GraphSpec,
-        tensor: TensorSpec,
-        feeds: Mapping[str, Array],
-        made: Mapping[str, Array],
-        question: Array,
-    ) -> Array:
+    def _input(self, graph: GraphSpec, tensor: TensorSpec, values: Mapping[str, Array]) -> Array:
         """The value of an input, by its source."""
         kind, _, name = tensor.source.partition(":")
-        if kind == "question_embeds":
-            value = _question_rows(tensor, question)
-        elif kind == "output" and name in made:
-            value = made[name]
-        elif kind == "constant":
+        if kind == "constant":
             value = read_array(self._bundle, name)
-        elif kind in feeds:
-            value = feeds[kind]
+        elif tensor.source in values:
+            value = values[tensor.source]
         else:
             raise BundleError(
                 f"input {tensor.name!r} of graph {graph.name!r} has source {tensor.source!r}, "
                 "which is not there before the decoder runs",
                 hint="compile the bundle again",
             )
+        if kind == "question_embeds":
+            value = _question_rows(tensor, value)
         return as_input(value, tensor)
+
+
+def _check_grids(graphs: Sequence[GraphSpec]) -> None:
+    """What pictures of different grids give is joined, so it has the same names."""
+    given: dict[tuple[int, int], set[str]] = {}
+    for graph in graphs:
+        if graph.grid is not None:
+            given.setdefault(graph.grid, set()).update(tensor.name for tensor in graph.outputs)
+    for (grid, names), (other, others) in itertools.pairwise(given.items()):
+        if names != others:
+            raise BundleError(
+                f"graphs for pictures of grid {list(grid)} give {sorted(names)}, "
+                f"those of grid {list(other)} give {sorted(others)}",
+                hint="compile the bundle again",
+            )
 
 
 def _before_decoding(graphs: Sequence[GraphSpec]) -> list[GraphSpec]:
@@ -162,8 +167,6 @@ def _question_rows(tensor: TensorSpec, question: Array) -> Array:
     """[1, Q, W]: all rows; or the last Q where Q is a number, zeros first if there are fewer."""
     num_rows = tensor.shape[1]
     if isinstance(num_rows, str):
-        return question[None]
-    rows = np.zeros((1, num_rows, question.shape[1]), question.dtype)
-    kept = question[-num_rows:]
-    rows[0, num_rows - len(kept) :] = kept
-    return rows
+        return question
+    kept = question[:, -num_rows:]
+    return np.pad(kept, ((0, 0), (num_rows - kept.shape[1], 0), (0, 0)))

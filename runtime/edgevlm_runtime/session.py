@@ -80,7 +80,7 @@ class Session:
         seed: int | None = None,
     ) -> Completion:
         """Answer a prompt; what is not given is taken from the bundle's generation defaults."""
-        events = self.stream(
+        *_, last = self.stream(
             prompt,
             images,
             max_new_tokens=max_new_tokens,
@@ -90,11 +90,8 @@ class Session:
             stop=stop,
             seed=seed,
         )
-        completion = None
-        for event in events:
-            completion = event.completion
-        assert completion is not None, "the last event carries the completion"
-        return completion
+        assert last.completion is not None, "the last event carries the completion"
+        return last.completion
 
     def stream(
         self,
@@ -136,7 +133,7 @@ class Session:
         sampler: Sampler,
         emission: Emission,
     ) -> Iterator[StreamEvent]:
-        """The loop: prefill, then draw, emit, extend."""
+        """The loop: prefill and draw, then emit, extend and draw until there is a reason to end."""
         with self._owned():
             self._cancelled.clear()
             started = perf_counter()

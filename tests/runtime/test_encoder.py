@@ -94,6 +94,32 @@ def test_the_grid_chooses_the_graph(tmp_path: Path) -> None:
     )
 
 
+def test_graphs_of_all_grids_give_the_same(tmp_path: Path) -> None:
+    graphs = []
+    for grid, gives in (((1, 2), "image_embeds"), ((2, 1), "features")):
+        graph = OnnxGraph(tmp_path, f"vision_{grid[0]}", "vision")
+        pixels = graph.input("pixels", "float32", (1, 2, WIDTH), "pixels")
+        graph.output(pixels, gives, "float32", (1, 2, WIDTH))
+        graphs.append(graph.finish(grid=grid))
+    with pytest.raises(BundleError) as error:
+        opened(tmp_path, *graphs)
+    assert str(error.value) == (
+        "graphs for pictures of grid [1, 2] give ['image_embeds'], those of grid [2, 1] give "
+        "['features']\n  hint: compile the bundle again"
+    )
+
+
+def test_what_comes_once_per_prompt_is_not_joined(tmp_path: Path) -> None:
+    """Its shape is its own, here without rows."""
+    graph = OnnxGraph(tmp_path, "ask", "question")
+    rows = graph.input("x", "float32", (1, "Q", WIDTH), "question_embeds")
+    graph.output(graph.node("ReduceSum", rows, keepdims=0), "asked", "float32", ())
+    encoder = opened(tmp_path, graph.finish(), plus_one(tmp_path, "see", "pixels", "image_embeds"))
+    outputs = encoder.run([picture(10), picture(20)], QUESTION)
+    assert outputs["asked"] == QUESTION.sum()
+    np.testing.assert_array_equal(outputs["image_embeds"][0, :, 0], [11, 11, 21, 21])
+
+
 def test_patches_get_the_batch_axis_and_the_dtype_of_the_graph() -> None:
     tensor = TensorSpec(name="x", dtype="float16", shape=(1, 3, WIDTH))
     for given in (QUESTION, QUESTION[None], np.asfortranarray(QUESTION)):
