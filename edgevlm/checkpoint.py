@@ -66,7 +66,11 @@ class Checkpoint:
 
     def architecture(self, choices: ImageChoices | None = None) -> VlmSpec:
         """The spec of the model alone, without what a processor and a tokenizer say."""
-        return self.family.spec(self.config, self.files, choices or ImageChoices())
+        spec = self.family.spec(self.config, self.files, choices or ImageChoices())
+        for name, part in (("vision encoder", spec.vision), ("decoder", spec.decoder)):
+            if not part.layers:
+                raise ModelError(f"config.json: the {name} has no layers", hint=OWN_REPOSITORY)
+        return spec
 
     def spec(self, choices: ImageChoices | None = None) -> VlmSpec:
         """The spec of the model, its pictures, its prompts and its generation."""

@@ -6,6 +6,7 @@ compiler carries out: `edgevlm plan` shows the same object.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edgevlm.checkpoint import open_checkpoint
@@ -260,7 +261,7 @@ def _memory(
         weights=encoder + decoder,
         packed=encoder * num_visions + decoder * len(steps),
         embedding=count.embedding * size,
-        state=sum(_product(tensor.shape) * BYTES[tensor.dtype] for tensor in state.tensors),
+        state=sum(math.prod(tensor.shape) * BYTES[tensor.dtype] for tensor in state.tensors),
         activations=size
         * max(
             decoder_activations(spec, rows, settled.capacity),
@@ -295,10 +296,3 @@ def _memory_decision(variant: VariantPlan, device: Device) -> Decision:
         reason=f"{device.name} has {has:,.0f} MiB",
         effect=f"up to {needs:,.0f} MiB",
     )
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

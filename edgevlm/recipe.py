@@ -222,15 +222,6 @@ class Recipe(Options):
         folder = self.path.parent / self.model
         return str(folder) if folder.exists() else self.model
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the checkpoint is a folder."""
-        return (self.path.parent / self.model).exists()
-
-    def asks(self, *keys: str) -> bool:
-        """Whether the file says something under these keys."""
-        return keys in self._document.keys
-
     def error(self, message: str, *keys: str | int, hint: str | None = None) -> RecipeError:
         """An error at the place of these keys."""
         return self._document.error(message, *keys, hint=hint)

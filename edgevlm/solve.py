@@ -65,7 +65,9 @@ def settle(recipe: Recipe, device: Device, spec: VlmSpec, picture_tokens: int) -
         *dtype_decisions,
         *capacity_decisions,
         *row_decisions,
-        *_choices(recipe, spec),
+        *_image_decisions(recipe, spec),
+        *_note_decisions(spec),
+        *_gate_decisions(recipe),
     )
     return Settled(targets=targets, dtype=dtype, capacity=capacity, rows=rows, decisions=decisions)
 
@@ -235,8 +237,8 @@ def _rows(
     return rows, decisions
 
 
-def _choices(recipe: Recipe, spec: VlmSpec) -> list[Decision]:
-    """The wishes that the family has carried out already, and what it leaves out."""
+def _image_decisions(recipe: Recipe, spec: VlmSpec) -> list[Decision]:
+    """Wishes about pictures, which the family has carried out already."""
     decisions = []
     if recipe.image.split is not None:
         decisions.append(
@@ -259,21 +261,28 @@ def _choices(recipe: Recipe, spec: VlmSpec) -> list[Decision]:
                 effect="a picture is resized to the nearest grid",
             )
         )
-    decisions += [
+    return decisions
+
+
+def _note_decisions(spec: VlmSpec) -> list[Decision]:
+    """What the family leaves out of the checkpoint."""
+    return [
         Decision(asked="checkpoint", outcome="degraded", reason=note, effect="left out")
         for note in spec.notes
     ]
-    for name, reason in recipe.evidence.loosened.items():
-        limit = getattr(recipe.evidence.gates, name)
-        decisions.append(
-            Decision(
-                asked=f"evidence.gates.{name} {limit:g}",
-                outcome="degraded",
-                reason=reason,
-                effect="evidence is held to this bound in place of the usual one",
-            )
+
+
+def _gate_decisions(recipe: Recipe) -> list[Decision]:
+    """Gates that the recipe loosens."""
+    return [
+        Decision(
+            asked=f"evidence.gates.{name} {getattr(recipe.evidence.gates, name):g}",
+            outcome="degraded",
+            reason=reason,
+            effect="evidence is held to this bound in place of the usual one",
         )
-    return decisions
+        for name, reason in recipe.evidence.loosened.items()
+    ]
 
 
 def round_up(number: int, step: int) -> int:

@@ -25,6 +25,11 @@ class TensorAgreement:
         """The largest error in units of max(1, std of the reference)."""
         return self.max_error / max(1.0, self.std)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What gates are held against, by their names."""
+        return {"max_error": self.relative_error, "cosine": self.cosine}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogitsAgreement:
@@ -49,6 +54,17 @@ class LogitsAgreement:
         """The largest error in units of max(1, std of the reference)."""
         return self.max_error / max(1.0, self.std)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """What gates are held against, by their names; a tie counts as agreement."""
+        return {
+            "max_error": self.relative_error,
+            "cosine": self.cosine,
+            "kl": self.kl,
+            "argmax_agreement": 1.0 - self.flips / self.rows,
+            "flips": float(self.flips),
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenAgreement:
@@ -64,9 +80,12 @@ class TokenAgreement:
     flips: int
 
     @property
-    def share(self) -> float:
-        """Share of identical answers, 0 to 1."""
-        return self.identical / self.answers if self.answers else 1.0
+    def figures(self) -> dict[str, float]:
+        """What gates are held against, by their names; a tie counts as agreement."""
+        return {
+            "token_agreement": 1.0 - self.flips / self.answers,
+            "flips": float(self.flips),
+        }
 
 
 def tensor_agreement(

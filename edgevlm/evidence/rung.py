@@ -71,34 +71,23 @@ def compare(
 
     Ties are counted and shown, and no gate fails on them.
     """
-    measured: dict[str, float] = {}
     vision, projector = (_tensors(reference, ours, part) for part in ("vision", "projector"))
-    for part, agreement in (("vision", vision), ("projector", projector)):
-        if agreement is not None:
-            measured |= {
-                f"{part}.max_error": agreement.relative_error,
-                f"{part}.cosine": agreement.cosine,
-            }
     decoder = None
     if all(len(witness.logits) for witness in ours):
         decoder = logits_agreement([w.logits for w in reference], [w.logits for w in ours])
-        measured |= {
-            "decoder.max_error": decoder.relative_error,
-            "decoder.cosine": decoder.cosine,
-            "decoder.kl": decoder.kl,
-            "decoder.argmax_agreement": 1.0 - decoder.flips / decoder.rows,
-            "decoder.flips": float(decoder.flips),
-        }
     tokens = token_agreement(
         [w.answer for w in root], [margins(w.logits) for w in root], [w.answer for w in ours]
     )
-    measured |= {
-        "tokens.token_agreement": 1.0 - tokens.flips / tokens.answers,
-        "tokens.flips": float(tokens.flips),
+    parts = {"vision": vision, "projector": projector, "decoder": decoder, "tokens": tokens}
+    measured = {
+        f"{part}.{name}": value
+        for part, agreement in parts.items()
+        if agreement is not None
+        for name, value in agreement.figures.items()
     }
-    if accuracy and root_accuracy:
-        drop = root_accuracy["mean_accuracy"] - accuracy["mean_accuracy"]
-        measured["tasks.accuracy_drop"] = drop
+    theirs, mine = root_accuracy.get("mean_accuracy"), accuracy.get("mean_accuracy")
+    if theirs is not None and mine is not None:
+        measured["tasks.accuracy_drop"] = theirs - mine
     return Rung(
         name=name,
         parent=parent,

@@ -111,16 +111,20 @@ def render_table(scores: dict[str, Any], blank: dict[str, Any] | None) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for task, entry in scores["tasks"].items():
-        guess = "-" if blank is None else f"{100 * blank['tasks'][task]['accuracy']:.1f}"
+        guess = _percent(None if blank is None else blank["tasks"][task]["accuracy"])
         interval = f"{100 * entry['low']:.1f} to {100 * entry['high']:.1f}"
         lines.append(
             f"| {task} | {100 * entry['accuracy']:.1f} | {interval} | {guess} | {entry['n']} |"
         )
-    guess = "-" if blank is None else f"{100 * blank['mean_accuracy']:.1f}"
-    mean = f"{100 * scores['mean_accuracy']:.1f}"
+    guess = _percent(None if blank is None else blank["mean_accuracy"])
+    mean = _percent(scores["mean_accuracy"])
     without = " and ".join(GRADED_TASKS)
     lines.append(f"| **mean without {without}** | **{mean}** | | {guess} | |")
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 if __name__ == "__main__":

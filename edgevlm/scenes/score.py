@@ -30,10 +30,13 @@ class TaskScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Scores by task; the mean accuracy is over all but boxes and descriptions, each alike."""
+    """Scores by task; the mean accuracy is over all but boxes and descriptions, each alike.
+
+    It is None where nothing but boxes and descriptions was asked.
+    """
 
     tasks: tuple[TaskScore, ...]
-    mean_accuracy: float
+    mean_accuracy: float | None
 
 
 def score(task: str, prediction: str, sample: Sample) -> float:
@@ -66,7 +69,7 @@ def summarize(results: Iterable[tuple[str, float]]) -> Scores:
             )
         )
     exact = [entry.mean for entry in tasks if entry.task not in GRADED_TASKS]
-    return Scores(tasks=tuple(tasks), mean_accuracy=sum(exact) / len(exact) if exact else math.nan)
+    return Scores(tasks=tuple(tasks), mean_accuracy=sum(exact) / len(exact) if exact else None)
 
 
 def scores_json(scores: Scores) -> dict[str, Any]:

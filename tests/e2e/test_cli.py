@@ -46,7 +46,7 @@ def document(verb: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
     """The one JSON document that a verb prints, valid by its schema."""
     code = run([verb, *arguments, "--json"])
     captured = capsys.readouterr()
-    assert code == 0, captured.err
+    assert (code, captured.err) == (0, "")
     value: dict[str, Any] = json.loads(captured.out)
     jsonschema.validate(value, json.loads(schema_file(verb).read_text()))
     return value
@@ -143,7 +143,7 @@ def test_run_refuses_what_it_cannot_read(
 def test_eval_scores_and_compares(
     workshop: Path, bundle: Path, samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (str(bundle), "--data", str(samples), "--limit", "3", "--quiet")
+    arguments = (str(bundle), "--data", str(samples), "--limit", "3")
     arguments += ("--max-new-tokens", "12")
     alone = document("eval", capsys, *arguments)
     assert alone["questions"] == 3
@@ -157,9 +157,23 @@ def test_eval_scores_and_compares(
     assert compared["reference"]["tasks"] == compared["tasks"] == alone["tasks"]
 
     assert run(["eval", *arguments, *checkpoint]) == 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    # The referee's answers are kept from before.
+    assert progress.startswith("questions: 3 to do\nquestions: done in ")
     assert "3 questions to variant ort" in shown
     assert "token for token those of the Hugging Face model: 100.00% (0 differ)" in shown
+
+
+def test_eval_of_descriptions_alone_has_no_mean(
+    bundle: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(samples / "0.png", tmp_path / "0.png")
+    entry = {"image": "0.png", "question": "?", "answer": "a red star", "task": "describe"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(entry))
+    arguments = (str(bundle), "--data", str(tmp_path), "--max-new-tokens", "4")
+    assert document("eval", capsys, *arguments)["mean_accuracy"] is None
+    assert run(["eval", *arguments, "--quiet"]) == 0
+    assert "mean of" not in capsys.readouterr().out
 
 
 def test_eval_refuses_another_checkpoint(

@@ -365,6 +365,14 @@ def test_no_network_is_said_clearly(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     )
 
 
+def test_a_model_without_layers_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda c: c["text_config"].update(num_hidden_layers=0))
+    assert refusal(folder) == (
+        "config.json: the decoder has no layers\n"
+        "  hint: take it from the checkpoint's own repository"
+    )
+
+
 def test_other_model_types_are_refused(folder: Path) -> None:
     edit_config(folder, model_type="llava_next")
     assert refusal(folder) == (

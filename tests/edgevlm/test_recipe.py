@@ -34,7 +34,6 @@ def test_model_and_device_are_enough() -> None:
     assert recipe.dtype is None
     assert recipe.passes == ()
     assert recipe.source == "owner/name"
-    assert not recipe.is_local
 
 
 def test_everything_is_read() -> None:
@@ -234,7 +233,6 @@ def test_folder_is_relative_to_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("model: models/scenes-vlm\ndevice: host-cpu\n")
     assert load_recipe(path).source == str(tmp_path / "models" / "scenes-vlm")
-    assert load_recipe(path).is_local
 
     path.write_text("model: models/scene-vlm\ndevice: host-cpu\n")
     with pytest.raises(RecipeError) as caught:

@@ -69,4 +69,4 @@ def test_token_agreement_counts_ties_where_answers_part() -> None:
     got = [[1, 2, 3], [1, 9, 9], [4, 6], [6, 7]]
     measured = token_agreement(want, margin, got)
     assert (measured.answers, measured.identical, measured.ties, measured.flips) == (4, 1, 1, 2)
-    assert measured.share == 0.25
+    assert measured.figures == {"token_agreement": 0.5, "flips": 2.0}

@@ -34,7 +34,7 @@ def rung(
     reference: Sequence[Witness],
     ours: Sequence[Witness],
     *,
-    scored: tuple[float, float] | None = None,
+    scored: tuple[float | None, float | None] | None = None,
 ) -> Rung:
     theirs, mine = [{"mean_accuracy": score} for score in scored] if scored else [{}, {}]
     return compare(
@@ -117,6 +117,8 @@ def test_a_drop_of_accuracy_fails() -> None:
         "tasks.accuracy_drop"
     }
     assert failures(rung("runtime", reference, reference, scored=(0.9, 0.9))) == set()
+    # Boxes and descriptions alone have no mean, and nothing to drop.
+    assert failures(rung("runtime", reference, reference, scored=(None, None))) == set()
 
 
 @pytest.mark.parametrize(
