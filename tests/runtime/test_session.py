@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -118,6 +120,28 @@ def test_sampling_follows_the_seed(session: Session) -> None:
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
     assert drawn(1, top_k=1) == session.generate(QUESTION).tokens
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 28), ({"temperature": 1.0, "top_k": 50}, 32)])
+def test_a_token_takes_few_calls(session: Session, options: dict[str, float], most: int) -> None:
+    """After a decode step the caches are cold: each call of ours is 2 to 10 us then, each token."""
+    calls = []
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and "edgevlm_runtime" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    stream = session.stream(QUESTION, seed=1, **options)  # type: ignore[arg-type]
+    for _ in range(4):
+        next(stream)
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        next(stream)
+    finally:
+        sys.setprofile(before)
+    stream.close()  # type: ignore[attr-defined]
+    assert len(calls) <= most, calls
 
 
 def test_cancel_from_another_thread(session: Session) -> None:
