@@ -14,6 +14,8 @@ from edgevlm.families.image_spec import ImageChoices
 from edgevlm.progress import Progress
 from edgevlm.samples import Sample, score_answers
 from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.completion import Completion
+from edgevlm_runtime.errors import InputError
 from edgevlm_runtime.image import ImageSpec, NativeGeometry, TiledGeometry
 from edgevlm_runtime.session import Session
 from edgevlm_runtime.text import load_tokenizer
@@ -53,17 +55,8 @@ def evaluate(
     # Every file, those that this variant does not read included, before there is any figure.
     bundle.check()
     longest = max_new_tokens or bundle.manifest.generation.max_new_tokens
-    session = Session(bundle)
-    tokens: list[tuple[int, ...]] = []
-    texts: list[str] = []
-    with progress.stage("questions", len(samples)) as advance:
-        for sample in samples:
-            completion = session.generate(
-                sample.messages, sample.images, max_new_tokens=longest, temperature=0.0
-            )
-            tokens.append(completion.tokens)
-            texts.append(completion.text)
-            advance(1)
+    completions = _completions(Session(bundle), samples, longest, progress)
+    texts = [completion.text for completion in completions]
     accuracy = score_answers(samples, texts)
     if referee is None:
         return EvalReport(accuracy=accuracy, answers=tuple(texts))
@@ -80,8 +73,8 @@ def evaluate(
     theirs = cache.json("referee", key, ask_referee)["answers"]
     differing = tuple(
         number
-        for number, (ours, full) in enumerate(zip(tokens, theirs, strict=True))
-        if list(ours) != [token for token in full if token not in exam.end_tokens]
+        for number, (ours, full) in enumerate(zip(completions, theirs, strict=True))
+        if list(ours.tokens) != [token for token in full if token not in exam.end_tokens]
     )
     return EvalReport(
         accuracy=accuracy,
@@ -90,6 +83,25 @@ def evaluate(
         token_agreement=1.0 - len(differing) / len(samples),
         differing=differing,
     )
+
+
+def _completions(
+    session: Session, samples: Sequence[Sample], max_new_tokens: int, progress: Progress
+) -> list[Completion]:
+    """Greedy answers of the bundle; raises InputError that names the question it cannot take."""
+    completions = []
+    with progress.stage("questions", len(samples)) as advance:
+        for number, sample in enumerate(samples, start=1):
+            try:
+                completion = session.generate(
+                    sample.messages, sample.images, max_new_tokens=max_new_tokens, temperature=0.0
+                )
+            except InputError as error:
+                message = f"question {number} of {len(samples)}: {error.message}"
+                raise InputError(message, hint=error.hint) from error
+            completions.append(completion)
+            advance(1)
+    return completions
 
 
 def _exam(bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int) -> Exam:

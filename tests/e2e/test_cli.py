@@ -176,6 +176,23 @@ def test_eval_of_descriptions_alone_has_no_mean(
     assert "mean of" not in capsys.readouterr().out
 
 
+def test_eval_names_the_question_that_does_not_fit(
+    bundle: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(samples / "0.png", tmp_path / "0.png")
+    questions = (QUESTION, "star " * 600)
+    entries = [{"image": "0.png", "question": text, "answer": "red"} for text in questions]
+    (tmp_path / "samples.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+    assert run(["eval", str(bundle), "--data", str(tmp_path), "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "error: question 2 of 2: prompt of 747 tokens is 235 too long: 0 of the 512 tokens of the "
+        "context are used\n"
+        "  hint: shorten it by 235 tokens, or compile with a larger context\n"
+    )
+
+
 def test_eval_refuses_another_checkpoint(
     workshop: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
