@@ -79,7 +79,7 @@ class Session:
         stop: Sequence[str] = (),
         seed: int | None = None,
     ) -> Completion:
-        """Answer a prompt; what is not given is taken from the bundle's generation defaults."""
+        """Answer a prompt; `stream` says what the arguments are and which errors there may be."""
         *_, last = self.stream(
             prompt,
             images,
@@ -105,7 +105,18 @@ class Session:
         stop: Sequence[str] = (),
         seed: int | None = None,
     ) -> Iterator[StreamEvent]:
-        """Answer token by token; the last event carries the completion."""
+        """Answer token by token; the last event carries the completion.
+
+        `prompt` is a question or a conversation of messages. `images` are paths, encoded bytes,
+        PIL pictures or uint8 arrays [H, W, 3], in the order of their places in the prompt.
+        What is not given is taken from the bundle's generation defaults. A temperature of 0 is
+        greedy; `top_k` and `top_p` narrow the choice in this order; the same seed draws the same
+        tokens. The text ends before the first of the `stop` strings.
+
+        Arguments are checked at the call, prompt and pictures at the first event: `InputError` for
+        those that cannot be used, `ResourceError` while another generation is in progress,
+        `EngineError` where a graph fails or gives no finite logits.
+        """
         defaults = self.bundle.manifest.generation
         limit = defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         if limit < 1:

@@ -123,7 +123,7 @@ def _onnxruntime() -> types.ModuleType:
     except ImportError as error:
         raise EngineError(
             "onnxruntime is not installed",
-            hint='pip install "edgevlm-runtime[cpu]", or "edgevlm-runtime[gpu]" on an NVIDIA GPU',
+            hint='pip install "edgevlm-runtime[cpu]"',
         ) from error
     module: types.ModuleType = onnxruntime
     return module
