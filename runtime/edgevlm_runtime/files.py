@@ -48,6 +48,11 @@ def read_manifest(folder: Path) -> bytes:
         raise BundleError(
             f"no bundle at {str(folder)!r}", hint="compile one: edgevlm compile RECIPE --out FOLDER"
         )
+    if not os.path.lexists(folder / MANIFEST):
+        raise BundleError(
+            f"{str(folder)!r} is no bundle, it has no {MANIFEST}",
+            hint="give the folder that `edgevlm compile` wrote",
+        )
     size = _regular_file(folder, MANIFEST).st_size
     if size > MAX_MANIFEST_BYTES:
         raise BundleError(

@@ -62,7 +62,10 @@ def test_no_bundle(tmp_path: Path) -> None:
     assert refused(tmp_path / "x") == (
         f"no bundle at '{tmp_path / 'x'}'\n  hint: compile one: edgevlm compile RECIPE --out FOLDER"
     )
-    assert refused(tmp_path) == f"file 'manifest.json' is missing from '{tmp_path}'" + AGAIN
+    assert refused(tmp_path) == (
+        f"'{tmp_path}' is no bundle, it has no manifest.json\n"
+        "  hint: give the folder that `edgevlm compile` wrote"
+    )
 
 
 def test_missing_file(bundle: Path) -> None:

@@ -49,6 +49,11 @@ NATIVE = ImageSpec(
     **NUMBERS,
 )
 MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA", "I;16", "I;16L", "I;16B")
+HINT_SAVE = "\n  hint: save the picture again, as PNG or JPEG"
+HINT_SHRINK = "\n  hint: scale it down first"
+HINT_FILE = "\n  hint: give the path of a picture file that can be read"
+HINT_PIXELS = "\n  hint: give at least one pixel"
+HINT_ARRAY = "\n  hint: convert it to RGB bytes, 0 to 255, or give a Pillow image"
 HINT_SOURCES = (
     "\n  hint: give a path, encoded bytes, a uint8 array [height, width, 3] or a Pillow image"
 )
@@ -195,43 +200,49 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (b"", "picture is empty"),
-        (b"hello", "picture is damaged, or is none of JPEG, PNG, WEBP, BMP"),
+        (b"", "picture is empty" + HINT_SAVE),
+        (b"hello", "picture is damaged, or is none of JPEG, PNG, WEBP, BMP" + HINT_SAVE),
         (
             encoded(Image.new("RGB", (4, 4)), "GIF"),
-            "picture is damaged, or is none of JPEG, PNG, WEBP, BMP",
+            "picture is damaged, or is none of JPEG, PNG, WEBP, BMP" + HINT_SAVE,
         ),
         (
             encoded(Image.new("RGB", (4, 4)), "TIFF"),
-            "picture is damaged, or is none of JPEG, PNG, WEBP, BMP",
+            "picture is damaged, or is none of JPEG, PNG, WEBP, BMP" + HINT_SAVE,
         ),
         (
             png_header(5001, 5000),
-            "picture is 5001 x 5000, 25,005,000 pixels, at most 25,000,000 are decoded\n"
-            "  hint: scale it down first",
+            "picture is 5001 x 5000, 25,005,000 pixels, at most 25,000,000 are decoded"
+            + HINT_SHRINK,
         ),
-        (png_header(10_000, 9_000), "picture has more than 25,000,000 pixels"),
-        (png_header(50_000, 50_000), "picture has more than 25,000,000 pixels"),
-        (Image.new("RGB", (0, 5)), "picture is 0 x 5 pixels"),
+        (png_header(10_000, 9_000), "picture has more than 25,000,000 pixels" + HINT_SHRINK),
+        (png_header(50_000, 50_000), "picture has more than 25,000,000 pixels" + HINT_SHRINK),
+        (Image.new("RGB", (0, 5)), "picture is 0 x 5 pixels" + HINT_PIXELS),
         (Image.new("F", (2, 2)), "picture has mode 'F'" + HINT_MODES),
         (Image.new("I", (2, 2)), "picture has mode 'I'" + HINT_MODES),
         (Image.new("LAB", (2, 2)), "picture has mode 'LAB'" + HINT_MODES),
         (Image.new("HSV", (2, 2)), "picture has mode 'HSV'" + HINT_MODES),
         (
             noise(4, 4).astype(np.float32),
-            "picture array is float32 [4, 4, 3], expected uint8 [height, width, 3]",
+            "picture array is float32 [4, 4, 3], expected uint8 [height, width, 3]" + HINT_ARRAY,
         ),
-        (noise(4, 4, 4), "picture array is uint8 [4, 4, 4], expected uint8 [height, width, 3]"),
-        (noise(4, 4)[..., 0], "picture array is uint8 [4, 4], expected uint8 [height, width, 3]"),
+        (
+            noise(4, 4, 4),
+            "picture array is uint8 [4, 4, 4], expected uint8 [height, width, 3]" + HINT_ARRAY,
+        ),
+        (
+            noise(4, 4)[..., 0],
+            "picture array is uint8 [4, 4], expected uint8 [height, width, 3]" + HINT_ARRAY,
+        ),
         (
             noise(4, 4).transpose(2, 0, 1),
-            "picture array is uint8 [3, 4, 4], expected uint8 [height, width, 3]",
+            "picture array is uint8 [3, 4, 4], expected uint8 [height, width, 3]" + HINT_ARRAY,
         ),
-        (noise(4, 4)[:0], "picture is 4 x 0 pixels"),
+        (noise(4, 4)[:0], "picture is 4 x 0 pixels" + HINT_PIXELS),
         (
             np.zeros((5000, 5001, 3), np.uint8),
-            "picture is 5001 x 5000, 25,005,000 pixels, at most 25,000,000 are decoded\n"
-            "  hint: scale it down first",
+            "picture is 5001 x 5000, 25,005,000 pixels, at most 25,000,000 are decoded"
+            + HINT_SHRINK,
         ),
         (
             None,
@@ -241,10 +252,10 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
             [[0, 0, 0]],
             "a picture cannot be made from a list" + HINT_SOURCES,
         ),
-        ("nowhere.png", "cannot read picture 'nowhere.png': No such file or directory"),
-        ("a\0b", "cannot read picture 'a\\x00b': embedded null byte"),
-        ("/dev/zero", "'/dev/zero' is not a regular file"),
-        ("/", "'/' is not a regular file"),
+        ("nowhere.png", "cannot read picture 'nowhere.png': No such file or directory" + HINT_FILE),
+        ("a\0b", "cannot read picture 'a\\x00b': embedded null byte" + HINT_FILE),
+        ("/dev/zero", "'/dev/zero' is not a regular file" + HINT_FILE),
+        ("/", "'/' is not a regular file" + HINT_FILE),
     ],
 )
 def test_what_is_no_picture_gets_one_clear_error(source: Any, message: str) -> None:
@@ -254,20 +265,23 @@ def test_what_is_no_picture_gets_one_clear_error(source: Any, message: str) -> N
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    assert refusal(path) == f"'{path}' is not a regular file"
+    assert refusal(path) == f"'{path}' is not a regular file" + HINT_FILE
 
 
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     with path.open("wb") as file:
         file.truncate(100_000_001)
-    assert refusal(path) == f"'{path}' has 100,000,001 bytes, at most 100,000,000 are read"
+    assert (
+        refusal(path)
+        == f"'{path}' has 100,000,001 bytes, at most 100,000,000 are read" + HINT_SHRINK
+    )
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.png"
     path.touch()
-    assert refusal(path) == f"'{path}' is empty"
+    assert refusal(path) == f"'{path}' is empty" + HINT_SAVE
 
 
 @pytest.mark.parametrize(
@@ -286,6 +300,7 @@ def test_a_truncated_picture_is_refused(form: str, reason: str, tmp_path: Path) 
     message = refusal(path)
     assert message.startswith(f"'{path}' is damaged")
     assert reason in message
+    assert message.endswith(HINT_SAVE)
 
 
 # --- any input -----------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ _OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 _ALPHA = ("LA", "PA", "RGBA")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B")
 _EXIF_ORIENTATION = 0x0112
+_SHRINK = "scale it down first"
+_SAVE = "save the picture again, as PNG or JPEG"
+_FILE = "give the path of a picture file that can be read"
 
 
 def read_picture(source: ImageSource, rules: ConversionRules) -> Image.Image:
@@ -66,7 +69,9 @@ def read_picture(source: ImageSource, rules: ConversionRules) -> Image.Image:
 def _from_array(array: NDArray[Any], rules: ConversionRules) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise InputError(
-            f"picture array is {array.dtype} {list(array.shape)}, expected uint8 [height, width, 3]"
+            f"picture array is {array.dtype} {list(array.shape)}, "
+            "expected uint8 [height, width, 3]",
+            hint="convert it to RGB bytes, 0 to 255, or give a Pillow image",
         )
     _check_size((array.shape[1], array.shape[0]), rules)
     return Image.fromarray(np.ascontiguousarray(array))
@@ -76,7 +81,7 @@ def _file_bytes(path: Path, rules: ConversionRules) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{str(path)!r} is not a regular file")
+            raise InputError(f"{str(path)!r} is not a regular file", hint=_FILE)
         _check_bytes(status.st_size, f"{str(path)!r}", rules)
         with path.open("rb") as file:
             return file.read(rules.max_bytes + 1)
@@ -84,7 +89,7 @@ def _file_bytes(path: Path, rules: ConversionRules) -> bytes:
         if isinstance(error, InputError):
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"cannot read picture {str(path)!r}: {reason}") from error
+        raise InputError(f"cannot read picture {str(path)!r}: {reason}", hint=_FILE) from error
 
 
 def _from_bytes(data: bytes, name: str, rules: ConversionRules) -> Image.Image:
@@ -93,31 +98,35 @@ def _from_bytes(data: bytes, name: str, rules: ConversionRules) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=rules.formats)
     except UnidentifiedImageError as error:
         known = ", ".join(rules.formats)
-        raise InputError(f"{name} is damaged, or is none of {known}") from error
+        raise InputError(f"{name} is damaged, or is none of {known}", hint=_SAVE) from error
     except _BOMB as error:
-        raise InputError(f"{name} has more than {rules.max_pixels:,} pixels") from error
+        raise InputError(
+            f"{name} has more than {rules.max_pixels:,} pixels", hint=_SHRINK
+        ) from error
     except _DAMAGE as error:
-        raise InputError(f"{name} is damaged: {error}") from error
+        raise InputError(f"{name} is damaged: {error}", hint=_SAVE) from error
     _check_size(picture.size, rules, name)
     return _converted(picture, rules, name)
 
 
 def _check_bytes(size: int, name: str, rules: ConversionRules) -> None:
     if size == 0:
-        raise InputError(f"{name} is empty")
+        raise InputError(f"{name} is empty", hint=_SAVE)
     if size > rules.max_bytes:
-        raise InputError(f"{name} has {size:,} bytes, at most {rules.max_bytes:,} are read")
+        raise InputError(
+            f"{name} has {size:,} bytes, at most {rules.max_bytes:,} are read", hint=_SHRINK
+        )
 
 
 def _check_size(size: tuple[int, int], rules: ConversionRules, name: str = "picture") -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise InputError(f"{name} is {width} x {height} pixels")
+        raise InputError(f"{name} is {width} x {height} pixels", hint="give at least one pixel")
     if width * height > rules.max_pixels:
         raise InputError(
             f"{name} is {width} x {height}, {width * height:,} pixels, "
             f"at most {rules.max_pixels:,} are decoded",
-            hint="scale it down first",
+            hint=_SHRINK,
         )
 
 
@@ -133,7 +142,7 @@ def _converted(picture: Image.Image, rules: ConversionRules, name: str = "pictur
         if rules.exif_transpose and picture.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             picture = ImageOps.exif_transpose(picture)
     except _DAMAGE as error:
-        raise InputError(f"{name} is damaged: {error}") from error
+        raise InputError(f"{name} is damaged: {error}", hint=_SAVE) from error
     if picture.mode in _SIXTEEN_BIT:
         picture = _eight_bit(picture, rules.sixteen_bit_divisor)
     if picture.mode in _ALPHA or picture.info.get("transparency") is not None:
