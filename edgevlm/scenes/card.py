@@ -34,7 +34,7 @@ not to look at the world.
 ## Figures
 
 {num_samples:,} questions of the `{split}` split (seed {seed}), one in ten about two pictures, one
-in three after earlier turns; greedy decoding in bfloat16 through stock transformers. The control
+in three after earlier turns; greedy decoding in float32 through stock transformers. The control
 answers the same questions about uniform grey pictures: what it scores is guessing.
 
 {table}
