@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from edgevlm_export.emit import PLUMBING, constant_name
 from edgevlm_export.plan import GraphPlan
-from edgevlm_export.taps import record_tap
+from edgevlm_export.taps import is_site, record_tap
 
 
 def name_sites(model: ir.Model, sites: frozenset[str]) -> None:
@@ -84,9 +84,8 @@ def name_interface(model: ir.Model, plan: GraphPlan) -> None:
             if isinstance(found, ir.SymbolicDim) and isinstance(named, str):
                 symbols[str(found.value)] = named
     for value, spec in zip(graph.outputs, plan.outputs, strict=True):
-        assert value.name is not None
-        if value.producer() is not None and ":" not in value.name and "/" not in value.name:
-            record_tap(model, value.name, [spec.name])
+        if value.producer() is not None and is_site(value):
+            record_tap(model, str(value.name), [spec.name])
         value.name = spec.name
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         value.metadata_props.clear()

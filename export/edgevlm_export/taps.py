@@ -23,6 +23,11 @@ def record_tap(model: ir.Model, site: str, parts: Sequence[str], bias: str | Non
     model.metadata_props[_TAP + site] = json.dumps({"parts": list(parts), "bias": bias})
 
 
+def is_site(value: ir.Value) -> bool:
+    """Whether a value is what a site gives, by its name: it has no part behind a slash or colon."""
+    return bool(value.name) and "/" not in str(value.name) and ":" not in str(value.name)
+
+
 def tapped_sites(model: ir.Model) -> tuple[str, ...]:
     """The sites whose outputs `with_outputs` can show, in graph order."""
     recorded = {key.removeprefix(_TAP) for key in model.metadata_props if key.startswith(_TAP)}
@@ -30,8 +35,8 @@ def tapped_sites(model: ir.Model) -> tuple[str, ...]:
     sites: dict[str, None] = {}
     for node in model.graph:
         for output in node.outputs:
-            if output.name and "/" not in output.name and ":" not in output.name:
-                sites.update({} if output.name in interface else {output.name: None})
+            if is_site(output) and output.name not in interface:
+                sites[str(output.name)] = None
         site = str(node.name).partition("/")[0]
         sites.update({site: None} if site in recorded else {})
     return tuple(sites)

@@ -3,7 +3,9 @@
     sum = Add(a, b);  y = SimplifiedLayerNormalization(sum)
     y, _, _, sum = com.microsoft::SkipSimplifiedLayerNormalization(a, b)
 
-and the same for LayerNormalization. The node has the norm's name; the sum keeps its own.
+and the same for LayerNormalization. The node has the norm's name; the sum keeps its own, and is
+left out only where nothing reads it and it is no site: evidence must be able to look at every
+layer.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgevlm_export.ops.op import MICROSOFT
+from edgevlm_export.taps import is_site
 
 _FUSED = {
     "LayerNormalization": "SkipLayerNormalization",
@@ -48,7 +51,7 @@ def _fuse(graph: ir.Graph, add: ir.Node, norm: ir.Node) -> None:
     total, out = add.outputs[0], norm.outputs[0]
     name, out_name, total_name = norm.name, out.name, total.name
     others = [use for use in total.uses() if use.node is not norm]
-    keep_sum = bool(others) or total.is_graph_output()
+    keep_sum = bool(others) or total.is_graph_output() or is_site(total)
     fused = ir.node(
         _FUSED[norm.op_type],
         [add.inputs[0], add.inputs[1], *norm.inputs[1:]],

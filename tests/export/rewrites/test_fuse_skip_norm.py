@@ -35,15 +35,21 @@ def typed(model: ir.Model) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["sum is read", "sum is not read"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_add_goes_into_the_norm(norm: str, keep: bool) -> None:
-    model = typed(graph(norm, keep=keep))
+@pytest.mark.parametrize(
+    ("read", "total", "kept"),
+    [(True, "layer/add", True), (False, "layer/add", False), (False, "layer", True)],
+    ids=["sum is read", "sum is not read", "sum is a site that nothing reads"],
+)
+def test_add_goes_into_the_norm(norm: str, read: bool, total: str, kept: bool) -> None:
+    """The last layer of a SigLIP encoder is read by its norm alone, and is a site all the same."""
+    model = typed(graph(norm, keep=read))
+    next(iter(model.graph)).outputs[0].name = total
     feeds = {"x": seeded(1, 3, 16).numpy(), "y": seeded(1, 3, 16, seed=1).numpy()}
     before = run(model, feeds)
     assert FuseSkipNorm()(model).modified
     op, constants = NORMS[norm]
-    outputs = "b, _, _, a" if keep else "b"
+    outputs = f"b, _, _, {total}" if kept else "b"
     assert nodes(model)[0] == f"b: {outputs} = {op}(x, y, {constants})"
     after = run(model, feeds)
     for name in before:
