@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     def bare() -> None:
         for graph in graphs:
             options = ort.SessionOptions()
+            options.log_severity_level = 3
             for name, value in graph.engine.options.items():
                 options.add_session_config_entry(name, value)
             ort.InferenceSession(

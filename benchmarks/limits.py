@@ -1,7 +1,7 @@
 """What this machine can do at best: bytes read and float32 products, on all its cores.
 
-A figure beside its limit says how much is left to gain. Both limits are measured in the same
-process as the benchmark, because the speed of a shared machine drifts.
+A figure beside its limit says how much is left to gain. The speed of a shared machine drifts, so a
+limit is measured before and after what it limits, and the better of the two counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 _BYTES = 1 << 30
 _SIDE = 2048
-_TRIALS = 7
+_TRIALS = 20
 
 
 def read_bytes_per_ms() -> float:
