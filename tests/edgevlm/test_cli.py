@@ -168,8 +168,10 @@ def test_traceback_shows_where(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ctrl_c_ends_with_130() -> None:
+    # A test run that a shell started in the background has inherited that SIGINT is ignored.
     code = (
-        "import time, sys\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import edgevlm.commands.devices as m\n"
         "def wait(name, *, as_json): print('ready', flush=True); time.sleep(60)\n"
         "m.devices_command = wait\n"
