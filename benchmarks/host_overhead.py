@@ -2,7 +2,8 @@
 
 What a token takes from one event to the next, less what `run_with_iobinding` takes, is the host's:
 the embedding row, inputs, commit, the check for NaN, sampling, detokenizing, stop strings. It
-depends on the vocabulary (49,280 in this shape) and hardly on anything else. Usage:
+depends on the vocabulary (49,280 in this shape), and on how cold the step leaves the caches: one
+that streams 1.45 GB of weights empties them, and every call after it pays for that. Usage:
 
     edgevlm compile recipes/smolvlm-500m-shape.yaml -o build/smolvlm-500m-shape
     python benchmarks/host_overhead.py build/smolvlm-500m-shape

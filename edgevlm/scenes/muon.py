@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024) for many equal matrices on any machine.
 
 `torch.optim.Muon` orthogonalizes one matrix at a time and always in bfloat16, which a processor
-without bfloat16 products emulates: a step of 7 s where this one takes 0.1 s. Here the matrices of
-one shape are orthogonalized together, in the precision the machine is fast in.
+without bfloat16 products emulates: 6.6 s for a step of this model, where this one takes 0.16 s.
+Here the matrices of one shape are orthogonalized together, in the precision the machine is fast in.
 """
 
 from __future__ import annotations

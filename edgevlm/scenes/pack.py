@@ -23,7 +23,7 @@ NO_LABEL = -100
 # A description names some twenty facts, a box four, a sign two to four characters.
 _TASK_WEIGHTS = {"describe": 4.0, "box": 2.0, "read": 2.0}
 _END_WEIGHT = 0.1
-# How often a task is asked after every task was asked once: more where one answer teaches less.
+# How often a task is asked after every task was asked once: more those that are learned slowest.
 _ASKED = {
     "exists": 2,
     "colour": 1,
