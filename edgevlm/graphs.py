@@ -49,9 +49,9 @@ def module_of(model: Vlm, variant: VariantPlan, planned: PlannedGraph) -> ModelG
             model, planned.grid, num_images if isinstance(num_images, int) else None
         )
     if planned.form == "inplace":
-        return inplace_step(model, capacity)
+        return inplace_step(model, capacity, planned.phases)
     assert planned.rows is not None, "a static step has a number of rows"
-    return delta_step(model, capacity, planned.rows)
+    return delta_step(model, capacity, planned.rows, planned.phases)
 
 
 def graph_file(variant: VariantPlan, planned: PlannedGraph) -> str:

@@ -13,7 +13,14 @@ from edgevlm.checkpoint import open_checkpoint
 from edgevlm.device import Device, load_device
 from edgevlm.document import suggest
 from edgevlm.families.image_spec import ImageChoices
-from edgevlm.model.plans import delta_plan, delta_state, inplace_plan, inplace_state, vision_plan
+from edgevlm.model.plans import (
+    delta_plan,
+    delta_state,
+    inplace_plan,
+    inplace_state,
+    step_name,
+    vision_plan,
+)
 from edgevlm.model.spec import VlmSpec
 from edgevlm.recipe import Recipe
 from edgevlm.resources import device_files
@@ -36,6 +43,7 @@ __all__ = [
 ]
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+ALL_PHASES = ("prefill", "decode", "verify")
 DECODE_ROWS = 8
 # A generation can be cancelled between two chunks of its prompt, so a chunk is bounded.
 PREFILL_ROWS = 512
@@ -215,14 +223,16 @@ def _variant(target: str, spec: VlmSpec, settled: Settled) -> VariantPlan:
     ]
     if form.state == "inplace":
         state = inplace_state(spec, capacity)
+        served = (("prefill",), ("decode", "verify")) if spec.has_prefill else (ALL_PHASES,)
         steps = [
             PlannedGraph(
                 role="step",
                 form="inplace",
-                phases=("prefill", "decode", "verify"),
+                phases=phases,
                 max_rows=min(capacity, PREFILL_ROWS),
-                signature=inplace_plan(spec, capacity),
+                signature=inplace_plan(spec, capacity, step_name(phases)),
             )
+            for phases in served
         ]
     else:
         state = delta_state(spec, capacity)

@@ -32,9 +32,7 @@ def eager_witness(
     rows = model.embed(token_ids, None if visual is None else torch.from_numpy(visual))
     fed = torch.tensor(parent.answer[:-1], dtype=torch.long)
     whole = torch.cat([rows, model.embedding(fed)[None]], dim=1)
-    prompt_rows = rows.shape[1]
-    wanted = torch.arange(prompt_rows - 1, prompt_rows - 1 + len(parent.answer))
-    logits_RV = model(whole, positions(question, len(fed)), wanted)[0].numpy()
+    logits_RV = model.answer(whole, positions(question, len(fed)), rows.shape[1]).numpy()
     best = tuple(int(token) for token in logits_RV.argmax(axis=1))
     answer = parent.answer
     if best != parent.answer:

@@ -7,16 +7,23 @@ in the wrapper by its parts: `vision`, `projector`, `decoder`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edgevlm.model.attention import DeltaCache, InplaceCache
-from edgevlm.model.plans import delta_plan, inplace_plan, num_logit_rows, vision_plan
+from edgevlm.model.plans import (
+    delta_plan,
+    inplace_plan,
+    num_logit_rows,
+    step_name,
+    vision_plan,
+)
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.vision import GridTables, grid_tables
-from edgevlm.model.vlm import Vlm
+from edgevlm.model.vlm import Decoder, Vlm
 from edgevlm_export.ops import CLOSED, causal_mask
 from edgevlm_export.plan import GraphPlan
 
@@ -56,12 +63,12 @@ class VisionGraph(nn.Module):
 
 
 class InplaceStep(nn.Module):
-    """The decoder over a cache that it extends."""
+    """A decoder over a cache that it extends."""
 
-    def __init__(self, model: Vlm) -> None:
-        """Share the model's decoder."""
+    def __init__(self, decoder: Decoder) -> None:
+        """Share the decoder."""
         super().__init__()
-        self.decoder = model.decoder
+        self.decoder = decoder
 
     def forward(
         self,
@@ -83,12 +90,12 @@ class InplaceStep(nn.Module):
 
 
 class DeltaStep(nn.Module):
-    """The decoder over a cache that the host extends."""
+    """A decoder over a cache that the host extends."""
 
-    def __init__(self, model: Vlm) -> None:
-        """Share the model's decoder."""
+    def __init__(self, decoder: Decoder) -> None:
+        """Share the decoder."""
         super().__init__()
-        self.decoder = model.decoder
+        self.decoder = decoder
 
     def forward(
         self,
@@ -120,9 +127,12 @@ def vision_graph(
     return ModelGraph(module=VisionGraph(model, grid).eval(), plan=plan, examples=(pixels,))
 
 
-def inplace_step(model: Vlm, capacity: int) -> ModelGraph:
-    """The step graph that extends its cache, any number of rows a call."""
-    plan = inplace_plan(model.spec, capacity)
+def inplace_step(model: Vlm, capacity: int, phases: Collection[str] = ()) -> ModelGraph:
+    """The step graph that extends its cache, any number of rows a call.
+
+    One that serves the phase `prefill` alone has the weights for prompts, where there are such.
+    """
+    plan = inplace_plan(model.spec, capacity, step_name(phases))
     rows, used = 5, 2
     embeds, cos, sin, past = _step_examples(model, plan, rows, used)
     pad = (0, 0, 0, capacity - rows)
@@ -135,10 +145,13 @@ def inplace_step(model: Vlm, capacity: int) -> ModelGraph:
         torch.tensor([rows - 2, rows - 1]),
         *past,
     )
-    return ModelGraph(module=InplaceStep(model).eval(), plan=plan, examples=examples)
+    module = InplaceStep(_decoder_of(model, phases))
+    return ModelGraph(module=module.eval(), plan=plan, examples=examples)
 
 
-def delta_step(model: Vlm, capacity: int, num_rows: int) -> ModelGraph:
+def delta_step(
+    model: Vlm, capacity: int, num_rows: int, phases: Collection[str] = ()
+) -> ModelGraph:
     """The step graph of a fixed number of rows, whose cache the host extends."""
     plan = delta_plan(model.spec, capacity, num_rows)
     used = min(2, capacity)
@@ -148,7 +161,13 @@ def delta_step(model: Vlm, capacity: int, num_rows: int) -> ModelGraph:
     mask[:, capacity:] = causal_mask(num_rows, num_rows, closed=CLOSED)
     wanted = torch.arange(num_rows)[-num_logit_rows(num_rows) :]
     examples = (embeds, cos, sin, mask[None, None], wanted, *past)
-    return ModelGraph(module=DeltaStep(model).eval(), plan=plan, examples=examples)
+    module = DeltaStep(_decoder_of(model, phases))
+    return ModelGraph(module=module.eval(), plan=plan, examples=examples)
+
+
+def _decoder_of(model: Vlm, phases: Collection[str]) -> Decoder:
+    alone = model.prefill is not None and set(phases) == {"prefill"}
+    return model.prefill if alone and model.prefill is not None else model.decoder
 
 
 def _step_examples(

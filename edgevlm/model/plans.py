@@ -7,6 +7,8 @@ and the graph returns the new rows for the host to commit.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from edgevlm.errors import ModelError
@@ -41,7 +43,7 @@ def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = N
     return GraphPlan(name=name, inputs=(pixels,), outputs=(rows,))
 
 
-def inplace_plan(spec: VlmSpec, capacity: int) -> GraphPlan:
+def inplace_plan(spec: VlmSpec, capacity: int, name: str = "step") -> GraphPlan:
     """The step that extends its cache: T rows of this call, after the used slots."""
     decoder = spec.decoder
     rope = (capacity, len(decoder.rope.inv_freq))
@@ -55,7 +57,7 @@ def inplace_plan(spec: VlmSpec, capacity: int) -> GraphPlan:
     )
     state = inplace_state(spec, capacity).tensors
     return GraphPlan(
-        name="step",
+        name=name,
         inputs=(*inputs, *(_state_input(tensor) for tensor in state)),
         outputs=(
             _float("logits", (1, "R", decoder.vocab_size)),
@@ -63,6 +65,11 @@ def inplace_plan(spec: VlmSpec, capacity: int) -> GraphPlan:
         ),
         defaults={"logit_rows": np.array([-1], dtype=np.int64)},
     )
+
+
+def step_name(phases: Collection[str]) -> str:
+    """The name of a dynamic step graph that serves these phases."""
+    return "prefill" if set(phases) == {"prefill"} else "step"
 
 
 def delta_plan(spec: VlmSpec, capacity: int, num_rows: int) -> GraphPlan:

@@ -11,17 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgevlm.quant.spec import Scheme
 from edgevlm_runtime.manifest import GenerationSpec, RopeSpec
 
 __all__ = [
     "AttentionSpec",
     "DecoderSpec",
     "GenerationSpec",
+    "KvQuant",
     "LayerSpec",
     "MlpSpec",
     "NormSpec",
     "ProjectorSpec",
     "RopeSpec",
+    "Scheme",
     "VisionSpec",
     "VlmSpec",
 ]
@@ -36,11 +39,33 @@ class NormSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KvQuant:
+    """A cache of keys (after rotary) and values in fewer bits: a scale times a number of a grid.
+
+    `dtype` is `int8`, `int4`, `float8_e4m3fn` or `float8_e5m2`; the numbers of a whole `tensor`
+    share a scale, or those of a `channel`, which is a feature of a key-value head. Scales are
+    constants of the graph, found by calibration.
+    """
+
+    dtype: str
+    granularity: str
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the tensors: two int4 lie in a uint8."""
+        return "uint8" if self.dtype == "int4" else self.dtype
+
+    def stored_width(self, head_dim: int) -> int:
+        """The last dimension of the tensors, for heads of `head_dim` numbers."""
+        return head_dim // 2 if self.dtype == "int4" else head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSpec:
     """Softmax attention; several query heads may share a key-value head.
 
     `q_norm` and `k_norm` work on each head alone. `window` is how many rows a row sees, itself
-    counted.
+    counted. `kv` says how its cache is quantized, None for float32.
     """
 
     num_heads: int
@@ -52,6 +77,7 @@ class AttentionSpec:
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
     window: int | None = None
+    kv: KvQuant | None = None
 
     @property
     def q_width(self) -> int:
@@ -188,7 +214,9 @@ class VlmSpec:
     """The whole model, and what the runtime must know to feed it.
 
     `image` and `text` are the manifest's image and text sections. `notes` say, one clause each,
-    what the checkpoint asks for that a bundle does not do.
+    what the checkpoint asks for that a bundle does not do. `schemes` has the quantized linear maps
+    by their sites; those under `prefill`, in place of `decoder`, are of a decoder for prompts
+    alone. `table` is the scheme of a quantized embedding.
     """
 
     family: str
@@ -200,6 +228,13 @@ class VlmSpec:
     text: Mapping[str, Any] = field(default_factory=dict)
     generation: GenerationSpec = field(default_factory=lambda: GenerationSpec(eos_token_ids=()))
     notes: tuple[str, ...] = ()
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    table: Scheme | None = None
+
+    @property
+    def has_prefill(self) -> bool:
+        """Whether prompts have weights of their own."""
+        return any(site.startswith("prefill.") for site in self.schemes)
 
     def image_tokens(self, grid: tuple[int, int]) -> int:
         """Rows of the decoder that one picture (or tile) of that grid becomes."""

@@ -11,6 +11,7 @@ from edgevlm.model.attention import DeltaCache, FullCache, KeySource
 from edgevlm.model.layers import GatedMlp, Layer
 from edgevlm.model.norms import build_norm
 from edgevlm.model.projector import build_projector
+from edgevlm.model.quantized import QuantEmbedding, QuantLinear
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.spec import AttentionSpec, DecoderSpec, VlmSpec
 from edgevlm.model.vision import Vision, grid_tables
@@ -62,12 +63,35 @@ class Vlm(nn.Module):
         self.projector = build_projector(spec.projector)
         self.embedding = nn.Embedding(spec.decoder.vocab_size, spec.decoder.width)
         self.decoder = Decoder(spec.decoder)
+        self.prefill = Decoder(spec.decoder) if spec.has_prefill else None
+        for site, scheme in spec.schemes.items():
+            linear = self.get_submodule(site)
+            assert isinstance(linear, nn.Linear), site
+            rows, columns = linear.weight.shape
+            quantized = QuantLinear(rows, columns, linear.bias is not None, scheme)
+            self.set_submodule(site, quantized)
+        if spec.table is not None:
+            decoder = spec.decoder
+            self.embedding = QuantEmbedding(decoder.vocab_size, decoder.width, spec.table)
         self.tie()
 
     def tie(self) -> None:
-        """Make the head's weight the embedding's, where the spec says so."""
-        if self.spec.decoder.tied:
-            self.decoder.head.weight = self.embedding.weight
+        """Let modules share what is one: a tied head, and what both decoders have alike."""
+        heads = [self.decoder.head, *([] if self.prefill is None else [self.prefill.head])]
+        if self.spec.decoder.tied and isinstance(self.embedding, nn.Embedding):
+            for head in heads:
+                if isinstance(head, nn.Linear):
+                    head.weight = self.embedding.weight
+        if self.prefill is None:
+            return
+        for name, module in list(self.prefill.named_modules()):
+            if isinstance(module, QuantLinear):
+                continue
+            twin = self.decoder.get_submodule(name)
+            if isinstance(twin, QuantLinear):
+                continue
+            for attribute, weight in twin.named_parameters(recurse=False):
+                setattr(module, attribute, weight)
 
     def encode(self, pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Map pixels [N, ...] of pictures (or tiles) of one grid to image rows [N, tokens, W]."""
@@ -85,11 +109,53 @@ class Vlm(nn.Module):
         return rows[None]
 
     def forward(self, rows: Tensor, positions: Tensor, logit_rows: Tensor | None = None) -> Tensor:
-        """Logits of a whole sequence of rows [1, T, W] at positions [T] or [3, T]."""
+        """Logits of a whole sequence of rows [1, T, W] at positions [T] or [3, T], as a prompt."""
         cos, sin = rope_tables(self.spec.decoder.rope, positions)
         keys = [FullCache(cos, sin) for _ in self.decoder.layers]
-        logits: Tensor = self.decoder(rows, keys, logit_rows)
+        logits: Tensor = (self.prefill or self.decoder)(rows, keys, logit_rows)
         return logits
+
+    def answer(self, rows: Tensor, positions: Tensor, num_prompt: int) -> Tensor:
+        """Logits [T - P + 1, V] of the last of P prompt rows, and of the rows [1, T, W] after it.
+
+        A decoder of its own reads the prompt where there is one, and the answer's rows follow in
+        one call: none of them may see what rounds another.
+        """
+        wanted = torch.arange(num_prompt - 1, rows.shape[1])
+        if self.prefill is None:
+            return self(rows, positions, wanted)[0]
+        past = [_no_rows(layer.attention) for layer in self.spec.decoder.layers]
+        begin, logits = 0, []
+        for decoder, end in ((self.prefill, num_prompt), (self.decoder, rows.shape[1])):
+            if end > begin:
+                part = rows[:, begin:end], positions[..., begin:end]
+                wanted = torch.arange(end - begin)[-1 if begin == 0 else 0 :]
+                out, past = self._extend(decoder, *part, past, wanted)
+                logits.append(out[0])
+            begin = end
+        return torch.cat(logits)
+
+    def _extend(
+        self,
+        decoder: Decoder,
+        rows: Tensor,
+        positions: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+        logit_rows: Tensor,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Logits [1, R, V] of more rows [1, T, W], and the cache with them."""
+        cos, sin = rope_tables(self.spec.decoder.rope, positions)
+        used, new = past[0][0].shape[2], rows.shape[1]
+        keys = []
+        for layer, (key, value) in zip(self.spec.decoder.layers, past, strict=True):
+            mask = causal_mask(new, used + new, layer.attention.window or 0)
+            keys.append(DeltaCache(key, value, mask[None, None], cos, sin))
+        logits = decoder(rows, keys, logit_rows)
+        longer = [
+            (torch.cat([old_key, source.key], 2), torch.cat([old_value, source.value], 2))
+            for (old_key, old_value), source in zip(past, keys, strict=True)
+        ]
+        return logits, longer
 
     @torch.no_grad()
     def greedy(self, rows: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -97,21 +163,13 @@ class Vlm(nn.Module):
 
         Positions are [T] or [3, T]; a new token stands one after the largest of them.
         """
-        layers = self.spec.decoder.layers
-        past = [_no_rows(layer.attention) for layer in layers]
+        past = [_no_rows(layer.attention) for layer in self.spec.decoder.layers]
         next_position = int(positions.max()) + 1
+        decoder = self.prefill or self.decoder
         while True:
-            cos, sin = rope_tables(self.spec.decoder.rope, positions)
-            used, new = past[0][0].shape[2], rows.shape[1]
-            keys = []
-            for layer, (key, value) in zip(layers, past, strict=True):
-                mask = causal_mask(new, used + new, layer.attention.window or 0)
-                keys.append(DeltaCache(key, value, mask[None, None], cos, sin))
-            logits = self.decoder(rows, keys, torch.tensor([new - 1]))[0, 0]
-            past = [
-                (torch.cat([old_key, source.key], 2), torch.cat([old_value, source.value], 2))
-                for (old_key, old_value), source in zip(past, keys, strict=True)
-            ]
+            last = torch.tensor([rows.shape[1] - 1])
+            out, past = self._extend(decoder, rows, positions, past, last)
+            logits, decoder = out[0, 0], self.decoder
             token = int(logits.argmax())
             yield token, logits
             rows = self.embedding(torch.tensor([[token]]))

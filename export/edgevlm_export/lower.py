@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from edgevlm_export.invariants import Stage, check
+from edgevlm_export.ops.quant_qdq import needed_opset
 from edgevlm_export.targets import Target
 
 
@@ -13,7 +14,7 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     """A new graph in the target's ops; `model` stays as it is, and both share their weights."""
     lowered = model.clone()
     lowered.meta.update(model.meta)
-    lowered.opset_imports[""] = target.form.opset
+    lowered.opset_imports[""] = max(target.form.opset, needed_opset(model.graph))
     for count, rewrite in enumerate(target.rewrites, start=1):
         lowered = rewrite(lowered).model
         RemoveUnusedNodesPass()(lowered)

@@ -71,7 +71,8 @@ def lowered(op: Op, target: str, tensors: Tensors, **options: Any) -> list[np.nd
     """What ONNX Runtime makes of the op lowered to a target."""
     model = lower(op_graph(op, tensors, **options), TARGETS[target])
     feeds = {value.name: tensors[value.name].numpy() for value in model.graph.inputs}  # type: ignore[index, union-attr]
-    return list(run(model, feeds).values())  # type: ignore[arg-type]
+    engine = TARGETS[target].engine.options
+    return list(run(model, feeds, engine).values())  # type: ignore[arg-type]
 
 
 def model_of(graph: ir.Graph, sites: Sequence[str] = ("op",)) -> ir.Model:
@@ -90,9 +91,13 @@ def parsed(text: str, sites: Sequence[str] = ("a", "b", "c")) -> ir.Model:
     return model
 
 
-def run(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run a graph held in memory."""
+def run(
+    model: ir.Model, feeds: Mapping[str, np.ndarray], engine: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Run a graph held in memory, with the options of an engine."""
     options = ort.SessionOptions()
+    for name, value in (engine or {}).items():
+        options.add_session_config_entry(name, value)
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     proto = ir.to_proto(model).SerializeToString()

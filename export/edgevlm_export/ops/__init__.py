@@ -10,6 +10,7 @@ from edgevlm_export.ops.heads import CLOSED, causal_mask
 from edgevlm_export.ops.layer_norm import layer_norm
 from edgevlm_export.ops.logits import logits
 from edgevlm_export.ops.masked_attention import masked_attention
+from edgevlm_export.ops.quant_linear import dequantized, num_groups, quant_linear
 from edgevlm_export.ops.rms_norm import rms_norm
 from edgevlm_export.ops.rotary import rotary
 
@@ -20,10 +21,13 @@ __all__ = [
     "attention",
     "cached_attention",
     "causal_mask",
+    "dequantized",
     "gated",
     "layer_norm",
     "logits",
     "masked_attention",
+    "num_groups",
+    "quant_linear",
     "rms_norm",
     "rotary",
 ]

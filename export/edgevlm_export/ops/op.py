@@ -31,7 +31,13 @@ _ATTRIBUTE_TYPES = {
     "bool": _SCHEMA.AttrType.INT,
     "str": _SCHEMA.AttrType.STRING,
 }
-_TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)"]
+_TENSOR_TYPES = [
+    f"tensor({name})"
+    for name in (
+        *("float", "float16", "bfloat16", "float8e4m3fn", "float8e5m2"),
+        *("int8", "int16", "int32", "uint8"),
+    )
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from edgevlm_export.ops.layer_norm import OP as LAYER_NORM
 from edgevlm_export.ops.linear import OP as LINEAR
 from edgevlm_export.ops.logits import OP as LOGITS
 from edgevlm_export.ops.masked_attention import OP as MASKED_ATTENTION
+from edgevlm_export.ops.quant_linear import OP as QUANT_LINEAR
 from edgevlm_export.ops.rms_norm import OP as RMS_NORM
 from edgevlm_export.ops.rotary import OP as ROTARY
 
@@ -24,6 +25,7 @@ OPS = {
         LINEAR,
         LOGITS,
         MASKED_ATTENTION,
+        QUANT_LINEAR,
         RMS_NORM,
         ROTARY,
     )

@@ -9,6 +9,8 @@ what the one did. Attention over a cache stays packed: with one row, fewer nodes
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 
@@ -17,6 +19,9 @@ from edgevlm_export.ops.op import DOMAIN, attribute, dims, tensors
 from edgevlm_export.taps import record_tap
 
 PARTS = ("q", "k", "v")
+
+_LINEAR = {"linear": (1, 2), "quant_linear": (1, 2, 3, 4)}
+"""Ops of projections, with the inputs that have a row (or a number) for each output."""
 
 
 class SplitPacked(ir.passes.InPlacePass):
@@ -39,13 +44,14 @@ def _packed_linear(node: ir.Node) -> ir.Node | None:
         return None
     packed = node.inputs[0]
     linear = packed.producer() if packed is not None else None
-    if packed is None or linear is None or (linear.domain, linear.op_type) != (DOMAIN, "linear"):
+    if packed is None or linear is None or linear.domain != DOMAIN:
+        return None
+    if linear.op_type not in _LINEAR:
         return None
     return linear if len(packed.uses()) == 1 and not packed.is_graph_output() else None
 
 
 def _split(model: ir.Model, linear: ir.Node, attention: ir.Node) -> None:
-    x, weight, bias = tensors(linear, 3)
     num_heads, num_kv_heads = (
         attribute(attention, "num_heads"),
         attribute(attention, "num_kv_heads"),
@@ -56,19 +62,23 @@ def _split(model: ir.Model, linear: ir.Node, attention: ir.Node) -> None:
     size = width // (num_heads + 2 * num_kv_heads)
     ends = np.cumsum([num_heads * size, num_kv_heads * size, num_kv_heads * size])
     names = []
-    for i, (part, end) in enumerate(zip(PARTS, ends.tolist(), strict=True)):
-        start = 0 if i == 0 else int(ends[i - 1])
+    sliced = _LINEAR[linear.op_type]
+    for part, (start, end) in zip(PARTS, itertools.pairwise([0, *ends.tolist()]), strict=True):
         name = f"{linear.name}/{part}"
         emit = Emitter(model.graph, linear)
-        inputs = [x, *(rows(emit, value, part, start, end) for value in (weight, bias) if value)]
-        split = ir.node("linear", inputs, domain=DOMAIN, name=name)
+        inputs = [
+            rows(emit, value, part, start, end) if value is not None and i in sliced else value
+            for i, value in enumerate(linear.inputs)
+        ]
+        attributes = {name: attribute.value for name, attribute in linear.attributes.items()}
+        split = ir.node(linear.op_type, inputs, attributes, domain=DOMAIN, name=name)
         output = split.outputs[0]
         output.name, output.type, output.shape = name, packed.type, ir.Shape([*batch, end - start])
         model.graph.insert_before(linear, split)
         names.append(name)
-        if i == 0:
+        if part == "q":
             attention.resize_inputs(max(3, len(attention.inputs)))
-        attention.replace_input_with(i, output)
+        attention.replace_input_with(PARTS.index(part), output)
     assert linear.name is not None
     model.graph.remove(linear, safe=True)
     record_tap(model, linear.name, names)

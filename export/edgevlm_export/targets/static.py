@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from edgevlm_export.forms import FORMS
 from edgevlm_export.rewrites.lower_ops import LowerOps
 from edgevlm_export.rewrites.simplify import Simplify
 from edgevlm_export.rewrites.split_packed import SplitPacked
-from edgevlm_export.targets.target import Target, host_engine, op_names
+from edgevlm_export.targets.target import Target, dtype_set, host_engine, op_names
 
 STATIC = Target(
     name="static",
     form=FORMS["static"],
     ops={
         "": op_names(
-            "Add Concat Conv Div Erf Expand Gather Gemm LayerNormalization MatMul Mul ReduceMean",
-            "Relu Reshape Sigmoid Slice Softmax Split Sqrt Sub Tanh Transpose",
+            "Add Concat Conv DequantizeLinear Div Erf Expand Gather Gemm LayerNormalization MatMul",
+            "Mul QuantizeLinear ReduceMean Relu Reshape Sigmoid Slice Softmax Split Sqrt Sub Tanh",
+            "Transpose",
         ),
     },
-    dtypes=frozenset({ir.DataType.FLOAT, ir.DataType.INT64}),
+    dtypes=dtype_set("FLOAT FLOAT8E4M3FN FLOAT8E5M2 INT4 INT8 INT16 INT64"),
     static_shapes=True,
     rewrites=(SplitPacked(), LowerOps(("standard",)), Simplify()),
-    engine=host_engine("MatMulAddFusion", "NchwcTransformer", "SkipLayerNormFusion"),
+    engine=host_engine("MatMulAddFusion", "NchwcTransformer", "SkipLayerNormFusion", emulates=True),
 )

@@ -28,16 +28,25 @@ class Target:
     engine: EngineSpec
 
 
-def host_engine(*optimizers: str) -> EngineSpec:
+def host_engine(*optimizers: str, emulates: bool = False) -> EngineSpec:
     """ONNX Runtime on the CPU, without those of its optimizers that lose the names of nodes.
 
-    A session that has run stops spinning, so that it does not slow the next graph's.
+    A session that has run stops spinning, so that it does not slow the next graph's. One that
+    `emulates` computes QuantizeLinear and DequantizeLinear as they stand: fused, weights alone
+    would silently get rounded activations too, and float8 no kernel.
     """
     options = {
         "optimization.disable_specified_optimizers": ";".join(optimizers),
         "session.force_spinning_stop": "1",
     }
+    if emulates:
+        options["session.disable_quant_qdq"] = "1"
     return EngineSpec(kind="ort", options=options)
+
+
+def dtype_set(names: str) -> frozenset[ir.DataType]:
+    """The types named in a line of words."""
+    return frozenset(ir.DataType[name] for name in names.split())
 
 
 def op_names(*lines: str) -> frozenset[str]:
