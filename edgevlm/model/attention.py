@@ -3,10 +3,14 @@
 `attention.core` asks its `KeySource` to attend: a source knows which keys a row may see, where they
 lie and how they turn. So one module serves whole sequences, a cache that the graph extends, a cache
 that the host extends, and the windows of a vision encoder.
+
+Where a cache is quantized, every source that has rows for later calls rounds them first: a whole
+sequence without a cache gives the numbers that a cache gives step by step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,36 +19,48 @@ from torch import Tensor, nn
 from edgevlm.model.norms import HeadNorm
 from edgevlm.model.spec import AttentionSpec
 from edgevlm_export.ops import attention, cached_attention, causal_mask, masked_attention, rotary
+from edgevlm_export.ops.kv_grid import rounded, stored
 
 
 class KeySource(Protocol):
     """Where the keys and values of a call come from; q is packed q|k|v where k and v are None."""
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        """Attend from q [B, T, Hq*D], and return [B, T, Hq*D]."""
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        """Attend from q [B, T, Hq*D] for `core`, and return [B, T, Hq*D]."""
         ...
 
 
 class AllRows:
     """The rows of this call see each other: all of them, a vision encoder without rotation."""
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend without a mask."""
+        spec = core.spec
         return attention(q, k, v, spec.num_heads, spec.num_kv_heads, spec.scale)
 
 
 class FullCache:
     """No state: the rows of this call are the whole sequence, each sees the rows up to itself."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        """Hold the rotary tables [T, R]."""
-        self.cos, self.sin = cos, sin
+    def __init__(
+        self, cos: Tensor, sin: Tensor, observe: Callable[[Tensor, Tensor], None] | None = None
+    ) -> None:
+        """Hold the rotary tables [T, R].
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        `observe` is shown what a cache would hold before it is rounded, keys after rotary and
+        values, each [B, T, Hkv*D]: calibration of a quantized cache finds its scales there.
+        """
+        self.cos, self.sin, self.observe = cos, sin, observe
+
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Rotate, then attend causally, within the layer's window where it has one."""
+        spec = core.spec
         q, k, v = unpacked(spec, q, k, v)
         q = rotary(q, self.cos, self.sin, spec.num_heads)
         k = rotary(k, self.cos, self.sin, spec.num_kv_heads)
+        if self.observe is not None:
+            self.observe(k, v)
+        k, v = core.rounded(k, core.k_scale), core.rounded(v, core.v_scale)
         heads = spec.num_heads, spec.num_kv_heads
         if spec.window is None:
             return attention(q, k, v, *heads, spec.scale, causal=True)
@@ -56,18 +72,33 @@ class InplaceCache:
     """A cache that the graph extends: this call's rows go to the slots after the used ones."""
 
     def __init__(
-        self, key: Tensor, value: Tensor, last_slot: Tensor, total: Tensor, cos: Tensor, sin: Tensor
+        self,
+        key: Tensor,
+        value: Tensor,
+        last_slot: Tensor,
+        total: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        prompt: bool = False,
     ) -> None:
-        """Hold the buffers [1, Hkv, C, D], used + T - 1 [1], used + T [], and rotary rows."""
+        """Hold the buffers [1, Hkv, C, D], used + T - 1 [1], used + T [], and rotary rows.
+
+        `prompt` says that calls have many rows, for which a quantized cache has a quicker form.
+        """
         self.key, self.value = key, value
         self.last_slot, self.total = last_slot, total
         self.cos, self.sin = cos, sin
+        self.prompt = prompt
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend; `key` and `value` are then the extended buffers."""
+        spec = core.spec
         out, self.key, self.value = cached_attention(
             q, k, v, self.key, self.value, self.last_slot, self.total, self.cos, self.sin,
             spec.num_heads, spec.num_kv_heads, spec.scale, window=spec.window or 0,
+            k_scale=core.k_scale, v_scale=core.v_scale, kv_dtype=core.kv_dtype,
+            prompt=self.prompt and spec.kv is not None,
         )  # fmt: skip
         return out
 
@@ -76,30 +107,46 @@ class DeltaCache:
     """A cache that the host extends: the graph reads it and returns this call's rows."""
 
     def __init__(self, key: Tensor, value: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Hold the buffers [1, Hkv, S, D], the additive mask [1, 1, T, S+T] and rotary rows."""
+        """Hold the buffers [1, Hkv, S, D], the additive mask [1, 1, T, S+T] and rotary rows.
+
+        Buffers of a quantized cache may be float32, of numbers that it can hold; then so are the
+        new rows.
+        """
         self.key, self.value = key, value
         self.mask, self.cos, self.sin = mask, cos, sin
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend; `key` and `value` are then this call's rows [1, Hkv, T, D], after rotary."""
+        spec = core.spec
         out, self.key, self.value = masked_attention(
             q, k, v, self.key, self.value, self.mask, self.cos, self.sin,
             spec.num_heads, spec.num_kv_heads, spec.scale,
+            k_scale=core.k_scale, v_scale=core.v_scale, kv_dtype=core.kv_dtype,
         )  # fmt: skip
         return out
 
 
 class AttentionCore(nn.Module):
-    """Rotation, scores, softmax and values."""
+    """Rotation, scores, softmax and values, and the scales of a quantized cache."""
 
     def __init__(self, spec: AttentionSpec) -> None:
-        """Hold the numbers of the heads."""
+        """Hold the numbers of the heads; scales are one until a calibration sets them."""
         super().__init__()
         self.spec = spec
+        self.kv_dtype = "" if spec.kv is None else spec.kv.dtype
+        self.k_scale, self.v_scale = _scale(spec), _scale(spec)
 
     def forward(self, q: Tensor, k: Tensor | None, v: Tensor | None, keys: KeySource) -> Tensor:
         """Attend to what `keys` offers."""
-        return keys.attend(self.spec, q, k, v)
+        return keys.attend(self, q, k, v)
+
+    def stored(self, rows: Tensor, scale: Tensor | None) -> Tensor:
+        """Keys or values [B, Hkv, S, D] as the cache keeps them."""
+        return rows if scale is None else stored(rows, scale, self.kv_dtype)
+
+    def rounded(self, rows: Tensor, scale: Tensor | None) -> Tensor:
+        """Keys or values [B, T, Hkv*D] as numbers that the cache can hold."""
+        return rows if scale is None else rounded(rows, scale.flatten(), self.kv_dtype)
 
 
 class Attention(nn.Module):
@@ -124,6 +171,15 @@ class Attention(nn.Module):
         q, k, v = unpacked(self.spec, qkv, None, None)
         out = self.out(self.core(self.q_norm(q), self.k_norm(k), v, keys))
         return out
+
+
+def _scale(spec: AttentionSpec) -> nn.Parameter | None:
+    """Ones, for a tensor [1] or its channels [Hkv, 1, D]; None where the cache is float32."""
+    if spec.kv is None:
+        return None
+    is_whole = spec.kv.granularity == "tensor"
+    shape = (1,) if is_whole else (spec.num_kv_heads, 1, spec.head_dim)
+    return nn.Parameter(torch.ones(shape), requires_grad=False)
 
 
 def unpacked(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgevlm.model.attention import DeltaCache, InplaceCache
+from edgevlm.model.attention import AttentionCore, DeltaCache, InplaceCache
 from edgevlm.model.plans import (
     delta_plan,
     inplace_plan,
@@ -65,10 +65,11 @@ class VisionGraph(nn.Module):
 class InplaceStep(nn.Module):
     """A decoder over a cache that it extends."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        """Share the decoder."""
+    def __init__(self, decoder: Decoder, *, prompt: bool = False) -> None:
+        """Share the decoder; `prompt` says that calls are pieces of prompts alone."""
         super().__init__()
         self.decoder = decoder
+        self.prompt = prompt
 
     def forward(
         self,
@@ -81,8 +82,9 @@ class InplaceStep(nn.Module):
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
         """Map this call's rows to logits of the rows wanted, and the extended cache."""
+        lengths = seqlens_k, total_sequence_length
         caches = [
-            InplaceCache(key, value, seqlens_k, total_sequence_length, rope_cos, rope_sin)
+            InplaceCache(key, value, *lengths, rope_cos, rope_sin, prompt=self.prompt)
             for key, value in zip(past[::2], past[1::2], strict=True)
         ]
         logits = self.decoder(inputs_embeds, caches, logit_rows)
@@ -145,7 +147,7 @@ def inplace_step(model: Vlm, capacity: int, phases: Collection[str] = ()) -> Mod
         torch.tensor([rows - 2, rows - 1]),
         *past,
     )
-    module = InplaceStep(_decoder_of(model, phases))
+    module = InplaceStep(_decoder_of(model, phases), prompt=set(phases) == {"prefill"})
     return ModelGraph(module=module.eval(), plan=plan, examples=examples)
 
 
@@ -179,9 +181,12 @@ def _step_examples(
     embeds = torch.randn(1, rows, model.spec.decoder.width, generator=generator)
     cos, sin = rope_tables(rope, torch.arange(used, used + rows))
     past = []
-    for tensor in plan.inputs:
-        if tensor.source.startswith("state:"):
-            buffer = torch.zeros([int(size) for size in tensor.shape])
-            buffer[:, :, :used] = torch.randn(buffer[:, :, :used].shape, generator=generator)
-            past.append(buffer)
+    state = (tensor for tensor in plan.inputs if tensor.source.startswith("state:"))
+    cores = [part for part in model.decoder.modules() if isinstance(part, AttentionCore)]
+    scales = [(core, scale) for core in cores for scale in (core.k_scale, core.v_scale)]
+    for tensor, (core, scale) in zip(state, scales, strict=True):
+        sizes = [int(size) for size in tensor.shape[:3]]
+        buffer = torch.zeros(*sizes, core.spec.head_dim)
+        buffer[:, :, :used] = torch.randn(buffer[:, :, :used].shape, generator=generator)
+        past.append(core.stored(buffer, scale))
     return embeds, cos, sin, past

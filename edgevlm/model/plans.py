@@ -12,13 +12,17 @@ from collections.abc import Collection
 import numpy as np
 
 from edgevlm.errors import ModelError
-from edgevlm.model.spec import VlmSpec
+from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm_export.plan import GraphPlan
 from edgevlm_runtime.manifest import StateGroup, StateTensor, TensorSpec
 
 GROUP = "main"
 # A verify call wants logits of all its rows; a longer call is a piece of a prompt.
 MAX_VERIFY_ROWS = 8
+# What caches can be quantized to: GroupQueryAttention has no float8 on a CPU, and standard ops pack
+# no two int4 in a byte.
+INPLACE_CACHES = ("int8", "int4")
+DELTA_CACHES = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
 def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = None) -> GraphPlan:
@@ -45,6 +49,7 @@ def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = N
 
 def inplace_plan(spec: VlmSpec, capacity: int, name: str = "step") -> GraphPlan:
     """The step that extends its cache: T rows of this call, after the used slots."""
+    _check_cache(spec, INPLACE_CACHES, "a step that extends its cache")
     decoder = spec.decoder
     rope = (capacity, len(decoder.rope.inv_freq))
     inputs = (
@@ -61,7 +66,7 @@ def inplace_plan(spec: VlmSpec, capacity: int, name: str = "step") -> GraphPlan:
         inputs=(*inputs, *(_state_input(tensor) for tensor in state)),
         outputs=(
             _float("logits", (1, "R", decoder.vocab_size)),
-            *(_float(tensor.output, tensor.shape) for tensor in state),
+            *(_state_output(tensor, tensor.shape) for tensor in state),
         ),
         defaults={"logit_rows": np.array([-1], dtype=np.int64)},
     )
@@ -74,6 +79,7 @@ def step_name(phases: Collection[str]) -> str:
 
 def delta_plan(spec: VlmSpec, capacity: int, num_rows: int) -> GraphPlan:
     """The step of `num_rows` rows that returns the new rows of its cache."""
+    _check_cache(spec, DELTA_CACHES, "a static step")
     decoder = spec.decoder
     narrow = [
         index
@@ -102,7 +108,7 @@ def delta_plan(spec: VlmSpec, capacity: int, num_rows: int) -> GraphPlan:
     )
     state = delta_state(spec, capacity).tensors
     news = (
-        _float(tensor.output, (*tensor.shape[:2], num_rows, tensor.shape[3])) for tensor in state
+        _state_output(tensor, (*tensor.shape[:2], num_rows, tensor.shape[3])) for tensor in state
     )
     return GraphPlan(
         name=f"step_{num_rows}",
@@ -137,8 +143,8 @@ def _state(spec: VlmSpec, capacity: int, kind: str, name: str, output: str) -> S
                 kind=kind,
                 input=name.format(index, part),
                 output=output.format(index, part),
-                dtype="float32",
-                shape=(1, layer.attention.num_kv_heads, capacity, layer.attention.head_dim),
+                dtype=_stored(layer.attention)[0],
+                shape=(1, layer.attention.num_kv_heads, capacity, _stored(layer.attention)[1]),
                 layer=index,
             )
             for index, layer in enumerate(spec.decoder.layers)
@@ -147,9 +153,34 @@ def _state(spec: VlmSpec, capacity: int, kind: str, name: str, output: str) -> S
     )
 
 
+def _stored(attention: AttentionSpec) -> tuple[str, int]:
+    """The dtype and the last dimension of a layer's cache."""
+    if attention.kv is None:
+        return "float32", attention.head_dim
+    return attention.kv.stored_dtype, attention.kv.stored_width(attention.head_dim)
+
+
+def _check_cache(spec: VlmSpec, dtypes: tuple[str, ...], form: str) -> None:
+    """Refuse a cache in a dtype that a form of the step has no ops for."""
+    for index, layer in enumerate(spec.decoder.layers):
+        kv = layer.attention.kv
+        if kv is not None and kv.dtype not in dtypes:
+            raise ModelError(
+                f"decoder.layers.{index} has a cache of {kv.dtype}, which {form} cannot keep",
+                hint=f"choose {' or '.join(dtypes)}, or another target",
+            )
+
+
 def _state_input(tensor: StateTensor) -> TensorSpec:
     """The graph input that a state tensor feeds."""
-    return _float(tensor.input, tensor.shape, f"state:{tensor.name}")
+    return TensorSpec(
+        name=tensor.input, dtype=tensor.dtype, shape=tensor.shape, source=f"state:{tensor.name}"
+    )
+
+
+def _state_output(tensor: StateTensor, shape: tuple[int | str, ...]) -> TensorSpec:
+    """The graph output that renews a state tensor, or brings rows of it."""
+    return TensorSpec(name=tensor.output, dtype=tensor.dtype, shape=shape)
 
 
 def _float(name: str, shape: tuple[int | str, ...], source: str = "") -> TensorSpec:

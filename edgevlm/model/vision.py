@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgevlm.model.attention import AllRows, KeySource, unpacked
+from edgevlm.model.attention import AllRows, AttentionCore, KeySource, unpacked
 from edgevlm.model.layers import Layer
 from edgevlm.model.norms import build_norm
-from edgevlm.model.spec import AttentionSpec, VisionSpec
+from edgevlm.model.spec import VisionSpec
 from edgevlm_export.ops import attention, rotary
 
 
@@ -86,8 +86,9 @@ class WindowRows:
         """Hold the tables and the runs of windows; one window of all rows is full attention."""
         self.cos, self.sin, self.windows = cos, sin, windows
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend within [1, rows, H*D]: windows of one size are a batch."""
+        spec = core.spec
         q, k, v = unpacked(spec, q, k, v)
         q = rotary(q, self.cos, self.sin, spec.num_heads)
         k = rotary(k, self.cos, self.sin, spec.num_kv_heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -37,17 +38,21 @@ def op_graph(
         shape: list[int | str] = list(tensor.shape)
         if name in dynamic:
             shape[1] = "T"
-        kind = ir.TensorType(ir.DataType.from_numpy(tensor.numpy().dtype))
+        kind = ir.TensorType(ir.DataType.from_numpy(as_numpy(tensor).dtype))
         value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
         if name in constants:
-            value.const_value = ir.tensor(tensor.numpy(), name=name)
+            value.const_value = ir.tensor(as_numpy(tensor), name=name)
         else:
             inputs.append(value)
         values.append(value)
     outputs = eager(op, tensors, **attributes)
+    attributes = {name: value for name, value in _defaults(op).items() if name in op.attributes} | (
+        attributes
+    )
     node = ir.node(op.name, values, attributes, domain=DOMAIN, num_outputs=len(outputs), name="op")
     for i, (value, output) in enumerate(zip(node.outputs, outputs, strict=True)):
-        value.name, value.type = f"out{i}", ir.TensorType(ir.DataType.FLOAT)
+        value.name = f"out{i}"
+        value.type = ir.TensorType(ir.DataType.from_numpy(output.dtype))
         value.shape = None if dynamic else ir.Shape(output.shape)
     graph = ir.Graph(
         inputs,
@@ -63,14 +68,29 @@ def op_graph(
 def eager(op: Op, tensors: Tensors, **attributes: Any) -> list[np.ndarray]:
     """What the torch op makes of the same."""
     names = [argument.name for argument in op.overload._schema.arguments]
-    outputs = op.overload(**{name: tensors.get(name, attributes.get(name)) for name in names})
-    return [out.numpy() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    given = {**_defaults(op), **tensors, **attributes}
+    outputs = op.overload(**{name: given.get(name) for name in names})
+    return [as_numpy(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The same numbers; torch hands out no float8."""
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        if tensor.dtype == kind:
+            name = str(kind).removeprefix("torch.")
+            return tensor.view(torch.uint8).numpy().view(getattr(ml_dtypes, name))
+    return tensor.numpy()
+
+
+def _defaults(op: Op) -> dict[str, Any]:
+    arguments = op.overload._schema.arguments
+    return {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
 def lowered(op: Op, target: str, tensors: Tensors, **options: Any) -> list[np.ndarray]:
     """What ONNX Runtime makes of the op lowered to a target."""
     model = lower(op_graph(op, tensors, **options), TARGETS[target])
-    feeds = {value.name: tensors[value.name].numpy() for value in model.graph.inputs}  # type: ignore[index, union-attr]
+    feeds = {value.name: as_numpy(tensors[value.name]) for value in model.graph.inputs}  # type: ignore[arg-type, index]
     engine = TARGETS[target].engine.options
     return list(run(model, feeds, engine).values())  # type: ignore[arg-type]
 

@@ -45,6 +45,12 @@ def unpack(
     return q.contiguous(), k.contiguous(), v.contiguous()
 
 
+def query_width(q: Tensor, k: Tensor | None, num_heads: int, num_kv_heads: int) -> int:
+    """Hq*D of queries, or of packed rows q|k|v where k is absent."""
+    packed = num_heads + 2 * num_kv_heads
+    return q.shape[-1] if k is not None else q.shape[-1] // packed * num_heads
+
+
 def causal_mask(rows: int, keys: int, window: int = 0, closed: float = -torch.inf) -> Tensor:
     """Additive mask [T, S]: the last row sees the last key, and each row `window` keys (0: all)."""
     seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)

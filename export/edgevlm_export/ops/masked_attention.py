@@ -2,7 +2,9 @@
 
 Scores against the cache and against this call's rows are computed apart, so only [T, S+T] numbers
 are concatenated and the cache is read where it lies. Returns this call's keys (after rotary) and
-values; the host commits the rows it accepts.
+values; the host commits the rows it accepts. Where the cache holds numbers of a grid
+(`edgevlm_export.ops.kv_grid`), this call's rows are rounded first, are read as rounded, and leave
+as the cache keeps them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from torch import Tensor
 
 from edgevlm_export.emit import Emitter
 from edgevlm_export.ops.grouped import Groups
-from edgevlm_export.ops.heads import attend, from_heads, numpy_attend, numpy_from_heads
+from edgevlm_export.ops.heads import (
+    attend,
+    from_heads,
+    numpy_attend,
+    numpy_from_heads,
+    query_width,
+)
+from edgevlm_export.ops.kv_grid import kept, numpy_kept, numpy_read, read
+from edgevlm_export.ops.kv_pairs import KvPairs
 from edgevlm_export.ops.op import Op, attribute, static_dims, tensors, torch_op
 from edgevlm_export.ops.rotary import (
     numpy_rotated_heads,
@@ -27,7 +37,7 @@ from edgevlm_export.ops.rotary import (
 
 def _empty(
     q: Tensor,
-    _k: object,
+    k: Tensor | None,
     _v: object,
     past_key: Tensor,
     _past_value: object,
@@ -35,11 +45,13 @@ def _empty(
     _cos: object,
     _sin: object,
     num_heads: int,
+    num_kv_heads: int,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, num_kv_heads, _slots, size), rows = past_key.shape, q.shape[1]
-    new = past_key.new_empty(batch, num_kv_heads, rows, size)
-    return q.new_empty(batch, rows, num_heads * size), new, torch.empty_like(new)
+    (batch, _, _slots, width), rows = past_key.shape, q.shape[1]
+    new = past_key.new_empty(batch, num_kv_heads, rows, width)
+    out = q.new_empty(batch, rows, query_width(q, k, num_heads, num_kv_heads))
+    return out, new, torch.empty_like(new)
 
 
 @torch_op("masked_attention", fake=_empty)
@@ -56,16 +68,23 @@ def masked_attention(
     num_kv_heads: int,
     scale: float,
     softcap: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    kv_dtype: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend and return (out [1, T, Hq*D], new_key, new_value [1, Hkv, T, D]).
 
     q [1, T, Hq*D] and k, v [1, T, Hkv*D]; q is packed q|k|v where k and v are None. The cache is
     [1, Hkv, S, D]. `mask` [1, 1, T, S+T] is added to the scores: columns 0..S-1 are cache slots,
-    the rest this call's rows. Without `cos` and `sin` [T, R] nothing turns.
+    the rest this call's rows. Without `cos` and `sin` [T, R] nothing turns. With `kv_dtype`, the
+    scales [1] or [Hkv, 1, D] and the cache are those of `edgevlm_export.ops.kv_grid`, or the cache
+    holds float32 numbers of that grid, and so do the new rows.
     """
     query, key, value = rotated_heads(q, k, v, cos, sin, num_heads, num_kv_heads)
-    keys = torch.cat([past_key, key], dim=2)
-    values = torch.cat([past_value, value], dim=2)
+    key = kept(key, past_key, k_scale, kv_dtype)
+    value = kept(value, past_value, v_scale, kv_dtype)
+    keys = torch.cat([read(x, k_scale, kv_dtype) for x in (past_key, key)], dim=2)
+    values = torch.cat([read(x, v_scale, kv_dtype) for x in (past_value, value)], dim=2)
     out = attend(query, keys, values, mask, scale, softcap)
     return from_heads(out), key.clone(), value.clone()
 
@@ -83,19 +102,26 @@ def numpy_masked_attention(
     num_kv_heads: int,
     scale: float,
     softcap: float = 0.0,
+    k_scale: np.ndarray | None = None,
+    v_scale: np.ndarray | None = None,
+    kv_dtype: str = "",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attend over the cache and the new rows as one."""
     query, key, value = numpy_rotated_heads(q, k, v, cos, sin, num_heads, num_kv_heads)
-    keys = np.concatenate([past_key, key], axis=2)
-    values = np.concatenate([past_value, value], axis=2)
+    key = numpy_kept(key, past_key, k_scale, kv_dtype)
+    value = numpy_kept(value, past_value, v_scale, kv_dtype)
+    keys = np.concatenate([numpy_read(x, k_scale, kv_dtype) for x in (past_key, key)], axis=2)
+    values = np.concatenate([numpy_read(x, v_scale, kv_dtype) for x in (past_value, value)], axis=2)
     out = numpy_attend(query, keys, values, mask, scale, softcap)
     return numpy_from_heads(out), key, value
 
 
 def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
-    q, _, _, past_key, past_value, mask = tensors(node, 6)
+    q, _, _, past_key, past_value, mask, _, _, k_scale, v_scale = tensors(node, 10)
     assert q is not None
     assert mask is not None
+    assert past_key is not None
+    assert past_value is not None
     _, num_kv_heads, slots, size = static_dims(past_key)
     groups = Groups(
         batch=1,
@@ -105,9 +131,15 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
         size=size,
     )
     query, key, value = _rotated_heads(emit, node, groups)
-    query = groups.heads(emit, query, emit.scalar(attribute(node, "scale"), q))
-    past_columns = emit.one("Transpose", past_key, part="past_columns", perm=[0, 1, 3, 2])
-    new_columns = emit.one("Transpose", key, part="new_columns", perm=[0, 1, 3, 2])
+    kv_dtype = attribute(node, "kv_dtype")
+    keys = KvPairs(emit, k_scale, kv_dtype, part="key")
+    values = KvPairs(emit, v_scale, kv_dtype, part="value")
+    key, value = keys.rounded(key), values.rounded(value)
+    query = groups.heads(emit, query, keys.scaled_queries(attribute(node, "scale"), groups))
+    past_columns, new_columns = (
+        keys.restored(emit.one("Transpose", x, part=part, perm=[0, 1, 3, 2]))
+        for x, part in ((past_key, "past_columns"), (key, "new_columns"))
+    )
     scores = emit.one(
         "Concat",
         emit.one("MatMul", query, past_columns, part="past_scores"),
@@ -129,11 +161,11 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     )
     out = emit.one(
         "Add",
-        emit.one("MatMul", past_weights, past_value, part="past_values"),
-        emit.one("MatMul", new_weights, value, part="new_values"),
+        emit.one("MatMul", past_weights, values.restored(past_value), part="past_values"),
+        emit.one("MatMul", new_weights, values.restored(value), part="new_values"),
         part="values",
     )
-    return [groups.rows_of(emit, out), key, value]
+    return [groups.rows_of(emit, values.scaled_outputs(out)), key, value]
 
 
 def _rotated_heads(
