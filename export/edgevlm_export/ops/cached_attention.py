@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,8 +32,9 @@ from edgevlm_export.ops.heads import (
     query_width,
     split_packed,
 )
-from edgevlm_export.ops.kv_grid import LIMITS, kept, numpy_kept, numpy_read, read
+from edgevlm_export.ops.kv_grid import FLOAT8, kept, numpy_kept, numpy_read, read
 from edgevlm_export.ops.op import MICROSOFT, Op, attribute, static_dims, tensors, torch_op
+from edgevlm_export.ops.prompt_attention import lower_prompt
 from edgevlm_export.ops.rotary import contrib_rotary, numpy_rotated_heads, rotated_heads
 
 
@@ -133,7 +135,7 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     q, k, v, past_key, past_value, seqlens_k, total, cos, sin, *scales = tensors(node, 11)
     num_heads, num_kv_heads = attribute(node, "num_heads"), attribute(node, "num_kv_heads")
     kv_dtype = attribute(node, "kv_dtype")
-    if kv_dtype and kv_dtype not in LIMITS:
+    if kv_dtype in FLOAT8:
         raise ExportError(
             f"{emit.site!r} has a cache of {kv_dtype}, GroupQueryAttention takes int8 and int4",
             role=emit.graph.name or "graph",
@@ -148,6 +150,8 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
             op=node.op_type,
             hint="choose a target of standard ops",
         )
+    if kv_dtype and attribute(node, "prompt"):
+        return lower_prompt(emit, node, size)
     assert q is not None
     if cos is not None and (size % 16 or static_dims(cos)[1] % 8):
         # The kernel turns no such heads, but takes them turned.
@@ -176,7 +180,7 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     )
 
 
-def _grid_attributes(kv_dtype: str, scales: Sequence[ir.Value | None]) -> dict[str, str | int]:
+def _grid_attributes(kv_dtype: str, scales: Sequence[ir.Value | None]) -> dict[str, Any]:
     """What the kernel wants to know of a quantized cache."""
     if not kv_dtype:
         return {}

@@ -20,19 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LIMITS = {"int8": (-128, 127), "int4": (-8, 7)}
+LIMITS = {
+    "int8": (-128, 127),
+    "int4": (-8, 7),
+    "float8_e4m3fn": (-448, 448),
+    "float8_e5m2": (-57344, 57344),
+}
 FLOAT8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 _INT4_BIAS = 8
 
 
 def stored(rows: Tensor, scale: Tensor, dtype: str) -> Tensor:
     """Round float rows [B, Hkv, T, D] to what a cache of this dtype holds."""
-    steps = rows * (1 / scale)
+    steps = (rows * (1 / scale)).clamp(*LIMITS[dtype])
     if dtype in FLOAT8:
-        kind = getattr(torch, dtype)
-        limit = torch.finfo(kind).max
-        return steps.clamp(-limit, limit).to(kind)
-    codes = torch.round(steps).clamp(*LIMITS[dtype])
+        return steps.to(getattr(torch, dtype))
+    codes = torch.round(steps)
     if dtype == "int8":
         return codes.to(torch.int8)
     codes = (codes + _INT4_BIAS).to(torch.uint8)
@@ -75,18 +78,15 @@ def read(cache: Tensor, scale: Tensor | None, dtype: str) -> Tensor:
 
 def numpy_stored(rows: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
     """Round rows, number by number of the grid; float8 as ml_dtypes has it."""
-    steps = rows / scale
-    if dtype in FLOAT8:
-        limit = float(ml_dtypes.finfo(FLOAT8[dtype]).max)
-        held: np.ndarray = np.clip(steps, -limit, limit).astype(FLOAT8[dtype])
-        return held
     low, high = LIMITS[dtype]
-    codes = np.minimum(np.maximum(np.rint(steps), low), high).astype(np.int64)
+    steps = np.minimum(np.maximum(rows / scale, low), high)
+    if dtype in FLOAT8:
+        return np.asarray(steps.astype(FLOAT8[dtype]))
+    codes = np.rint(steps).astype(np.int64)
     if dtype == "int8":
-        return codes.astype(np.int8)
+        return np.asarray(codes.astype(np.int8))
     pairs = (codes - low).reshape(*codes.shape[:-1], -1, 2)
-    packed: np.ndarray = (pairs @ np.array([1, 16])).astype(np.uint8)
-    return packed
+    return np.asarray((pairs @ np.array([1, 16])).astype(np.uint8))
 
 
 def numpy_kept(

@@ -48,9 +48,9 @@ def _empty(
     num_kv_heads: int,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, _, _slots, width), rows = past_key.shape, q.shape[1]
-    new = past_key.new_empty(batch, num_kv_heads, rows, width)
-    out = q.new_empty(batch, rows, query_width(q, k, num_heads, num_kv_heads))
+    rows = q.shape[1]
+    new = past_key.new_empty(*past_key.shape[:2], rows, past_key.shape[3])
+    out = q.new_empty(q.shape[0], rows, query_width(q, k, num_heads, num_kv_heads))
     return out, new, torch.empty_like(new)
 
 
@@ -137,7 +137,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     key, value = keys.rounded(key), values.rounded(value)
     query = groups.heads(emit, query, keys.scaled_queries(attribute(node, "scale"), groups))
     past_columns, new_columns = (
-        keys.restored(emit.one("Transpose", x, part=part, perm=[0, 1, 3, 2]))
+        emit.one("Transpose", keys.restored(x), part=part, perm=[0, 1, 3, 2])
         for x, part in ((past_key, "past_columns"), (key, "new_columns"))
     )
     scores = emit.one(

@@ -15,9 +15,10 @@ ORT = Target(
     form=FORMS["ort"],
     ops={
         "": op_names(
-            "Abs Add Concat Conv Div Expand Gather LayerNormalization MatMul Max Mul",
-            "QuantizeLinear Range ReduceMax Relu Reshape Shape SimplifiedLayerNormalization Slice",
-            "Softmax Split Squeeze Transpose Unsqueeze",
+            "Abs Add BitShift BitwiseAnd Cast Clip Concat Conv DequantizeLinear Div Expand Gather",
+            "LayerNormalization MatMul Max Mul QuantizeLinear Range ReduceMax ReduceSum Relu",
+            "Reshape Round ScatterND Shape SimplifiedLayerNormalization Slice Softmax Split",
+            "Squeeze Sub Transpose Unsqueeze",
         ),
         MICROSOFT: op_names(
             "BiasGelu DynamicQuantizeMatMul FastGelu FusedMatMul Gelu GroupQueryAttention",
