@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,6 +112,18 @@ class StageCache:
             (self.build(stage, key, write) / "value.json").read_text()
         )
         return loaded
+
+    @contextmanager
+    def workplace(self, stage: str, key: str) -> Iterator[Path]:
+        """A folder in which a stage keeps what it has done so far.
+
+        It is gone when the block ends without an error, and there again for the next attempt where
+        it does not.
+        """
+        place = self.root / "work" / f"{stage}-{key}"
+        place.mkdir(parents=True, exist_ok=True)
+        yield place
+        shutil.rmtree(place, ignore_errors=True)
 
     def prune(self) -> int:
         """Remove the entries unused for longest until the cache fits; return the bytes freed."""

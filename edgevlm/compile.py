@@ -24,9 +24,10 @@ import torch
 
 from edgevlm.cache import StageCache, code_version, default_root, digest
 from edgevlm.checkpoint import load, open_checkpoint
+from edgevlm.decisions import refuse
 from edgevlm.evidence.exam import Exam, prepare_exam
 from edgevlm.evidence.gates import limits
-from edgevlm.evidence.gather import Subject, graph_evidence, model_evidence
+from edgevlm.evidence.gather import Form, Subject, graph_evidence, model_evidence
 from edgevlm.evidence.ladder import Climb
 from edgevlm.families.text_spec import tokenizer_json
 from edgevlm.graphs import manifest_variant, write_graphs
@@ -36,9 +37,9 @@ from edgevlm.passes.stages import chain, run_stages
 from edgevlm.plan import Plan, image_choices, make_plan, recipe_device
 from edgevlm.progress import Progress, Silent
 from edgevlm.publish import publishing
+from edgevlm.quant.calibrate import CalibrationCase, calibration_cases
 from edgevlm.recipe import Recipe
-from edgevlm.samples import Sample, cover_grids, draw_samples, score_answers
-from edgevlm.solve import refuse
+from edgevlm.samples import Sample, content_of, cover_grids, draw_samples, score_answers
 from edgevlm_runtime._version import __version__
 from edgevlm_runtime.files import entry_of
 from edgevlm_runtime.images.spec import Geometry, ImageSpec, NativeGeometry
@@ -84,6 +85,15 @@ class Job:
         self._spec = self.checkpoint.spec(image_choices(recipe))
         self.plan: Plan = make_plan(recipe, recipe_device(recipe), self._spec)
         self._passed: tuple[Vlm, tuple[Applied, ...]] | None = None
+        self.context = Context(
+            device=self.plan.device,
+            targets=tuple(variant.target for variant in self.plan.variants),
+            seed=recipe.seed,
+            probe=probe,
+            calibration=self._calibration,
+            samples_key=self._samples_key(),
+            progress=progress,
+        )
 
     @cached_property
     def checkpoint_key(self) -> str:
@@ -93,7 +103,11 @@ class Job:
     @cached_property
     def model_key(self) -> str:
         """Hash of the model after its passes."""
-        return chain(self.checkpoint_key, self.recipe.passes)
+        return self.key_after(len(self.recipe.passes))
+
+    def key_after(self, count: int) -> str:
+        """Hash of the model after so many of its passes."""
+        return chain(self.checkpoint_key, self.recipe.passes[:count], self.context)
 
     @cached_property
     def graphs_key(self) -> str:
@@ -145,32 +159,37 @@ class Job:
         """The tokenizer as transformers runs it, which need not be what its file says."""
         return tokenizer_json(self.checkpoint.folder, TextSpec.from_json(self._spec.text))
 
-    def model(self) -> Vlm:
-        """The model after its passes, held until `release`."""
-        return self._run_passes()[0]
+    def model(self, count: int | None = None) -> Vlm:
+        """The model after so many of its passes, or all, held until `release`."""
+        return self._run_passes(len(self.recipe.passes) if count is None else count)[0]
 
     def release(self) -> None:
         """Let go of the model, and give its memory back to the system."""
         self._passed = None
         release_memory()
 
-    def _run_passes(self) -> tuple[Vlm, tuple[Applied, ...]]:
-        if self._passed is None:
+    def _run_passes(self, count: int) -> tuple[Vlm, tuple[Applied, ...]]:
+        """Go on from the model that is held, where it has had no more passes than that."""
+        if self._passed is None or len(self._passed[1]) > count:
+            self.release()
             with self.progress.stage("load", 1) as advance:
-                model = load(self.checkpoint, self._spec)
+                self._passed = load(self.checkpoint, self._spec), ()
                 advance(1)
-            steps = self.recipe.passes
-            context = Context(device=self.plan.device, seed=self.recipe.seed, probe=probe)
+        model, applied = self._passed
+        steps = self.recipe.passes[len(applied) : count]
+        if steps:
+            key = self.key_after(len(applied))
             with self.progress.stage("passes", len(steps)) as advance:
-                self._passed = run_stages(steps, model, context, self.cache, self.checkpoint_key)
+                model, more = run_stages(steps, model, self.context, self.cache, key)
                 advance(len(steps))
+            self._passed = model, (*applied, *more)
         return self._passed
 
     def _write_graphs(self, folder: Path) -> None:
         write_graphs(self.model(), self.plan, folder, self.progress)
 
     def _changes(self) -> dict[str, Any]:
-        applied = self._run_passes()[1]
+        applied = self._run_passes(len(self.recipe.passes))[1]
         return {
             "changes": [
                 {"pass": entry.step.name, "options": entry.step.model_dump(mode="json")}
@@ -187,7 +206,44 @@ class Job:
             spec=self._spec,
             model=self.model,
             release=self.release,
-            model_key=self.model_key,
+            forms=self._forms(),
+        )
+
+    def _forms(self) -> tuple[Form, ...]:
+        """The models that are measured: ours before anything is lost, then after each loss."""
+        steps = self.recipe.passes
+        lossy = [count for count, step in enumerate(steps) if not step.lossless]
+        counts = [*lossy, len(steps)]
+        forms = [Form(name="ours", count=counts[0], key=self.key_after(counts[0]))]
+        for place, count in enumerate(lossy):
+            end = counts[place + 1]
+            name = steps[count].name
+            same = sum(form.name.startswith(name) for form in forms)
+            name = f"{name}_{same + 1}" if same else name
+            forms.append(Form(name=name, count=end, key=self.key_after(end)))
+        return tuple(forms)
+
+    def _samples_key(self) -> str:
+        """Hash of the calibration samples, where a pass looks at them."""
+        if not any(step.calibrates for step in self.recipe.passes):
+            return ""
+        options = self.recipe.calibration
+        drawn = [] if options.data is None else self._calibration_samples()
+        return digest(options, [content_of(sample) for sample in drawn])
+
+    def _calibration_samples(self) -> list[Sample]:
+        options = self.recipe.calibration
+        folder = None if options.data is None else self.recipe.path.parent / options.data
+        return draw_samples(folder, split="calibration", count=options.samples, seed=options.seed)
+
+    def _calibration(self) -> list[CalibrationCase]:
+        """The recipe's calibration samples, preprocessed."""
+        return calibration_cases(
+            cover_grids(self._calibration_samples(), self._geometry),
+            ImageSpec.from_json(self._spec.image),
+            TextSpec.from_json(self._spec.text),
+            load_tokenizer(self._tokenizer),
+            min(self._spec.generation.eos_token_ids, default=0),
         )
 
     def climb(self) -> Climb:
@@ -203,7 +259,8 @@ class Job:
             score=None if self._is_drawn else score_answers,
         )
         self._check_context(exam)
-        return Climb(exam=exam, bounds=limits(options), cache=self.cache, progress=self.progress)
+        bounds = limits(options, quantized=bool(self.plan.spec.schemes))
+        return Climb(exam=exam, bounds=bounds, cache=self.cache, progress=self.progress)
 
     @property
     def _is_drawn(self) -> bool:

@@ -79,15 +79,16 @@ class LimitFact(Fact):
 class DtypeFact(Fact):
     """A pair of types that the device computes with.
 
-    `granularity` says what shares a scale where the weight is an integer: `tensor`, `channel`,
-    `group` (of one of `group_sizes` weights), `token`.
+    `granularity` says what shares a scale where the weight is quantized: `tensor`, `channel`,
+    `group` (of one of `group_sizes` weights); `scales` what may share one of the activations.
     """
 
     weight: str = Field(min_length=1)
     activation: str = Field(min_length=1)
     targets: tuple[str, ...] = Field(min_length=1)
-    granularity: Literal["tensor", "channel", "group", "token"] | None = None
+    granularity: Literal["tensor", "channel", "group"] | None = None
     group_sizes: tuple[int, ...] = ()
+    scales: tuple[Literal["token", "tensor", "block", "static"], ...] = ()
 
 
 class PointFact(Fact):
@@ -130,6 +131,10 @@ class NumericFacts(Options):
     """What numbers do there."""
 
     mask_value: LimitFact = Field(description="What closes a column of an attention mask.")
+    int8_weight_bits: LimitFact | None = Field(
+        None,
+        description="Bits of int8 weights whose products with int8 activations are exact there.",
+    )
     bfloat16: bool
 
 

@@ -30,7 +30,8 @@ def write_graphs(model: Vlm, plan: Plan, folder: Path, progress: Progress) -> No
         progress.stage("graphs", total) as advance,
         WeightFile(folder / WEIGHTS) as weights,
     ):
-        weights.write_table(model.embedding.weight.detach().numpy(), folder / EMBEDDING)
+        table = model.embedding.get_parameter("weight")
+        weights.write_table(table.detach().numpy(), folder / EMBEDDING)
         for variant in plan.variants:
             target = TARGETS[variant.target]
             for planned in variant.graphs:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from edgevlm.checkpoint import open_checkpoint
+from edgevlm.decisions import Decision
 from edgevlm.device import Device, load_device
 from edgevlm.document import suggest
 from edgevlm.families.image_spec import ImageChoices
@@ -22,10 +23,11 @@ from edgevlm.model.plans import (
     vision_plan,
 )
 from edgevlm.model.spec import VlmSpec
+from edgevlm.passes.base import Context
 from edgevlm.recipe import Recipe
 from edgevlm.resources import device_files
 from edgevlm.sizes import Parameters, decoder_activations, parameters, vision_activations
-from edgevlm.solve import Decision, Settled, settle
+from edgevlm.solve import Settled, choose_targets, settle
 from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
 from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
@@ -161,9 +163,11 @@ def image_choices(recipe: Recipe) -> ImageChoices:
 
 def make_plan(recipe: Recipe, device: Device, spec: VlmSpec) -> Plan:
     """Plan a model of which only the spec is known."""
-    decisions = [_model_decision(recipe, spec)]
+    targets, target_decisions = choose_targets(recipe, device)
+    context = Context(device=device, targets=targets, seed=recipe.seed)
+    decisions = [_model_decision(recipe, spec), *target_decisions]
     for step in recipe.passes:
-        foresight = step.foresee(spec)
+        foresight = step.foresee(spec, context)
         spec = foresight.spec
         decisions.append(
             Decision(
@@ -173,9 +177,10 @@ def make_plan(recipe: Recipe, device: Device, spec: VlmSpec) -> Plan:
                 effect=foresight.effect,
             )
         )
+        decisions += foresight.decisions
     largest = largest_picture(spec)
-    settled = settle(recipe, device, spec, largest)
-    variants = tuple(_variant(target, spec, settled) for target in settled.targets)
+    settled = settle(recipe, device, spec, largest, targets)
+    variants = tuple(_variant(target, spec, settled) for target in targets)
     return Plan(
         recipe=recipe,
         device=device,

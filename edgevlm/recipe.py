@@ -29,6 +29,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from edgevlm.document import Complaint, Document, Options, parse_text, read, show
 from edgevlm.errors import RecipeError
 from edgevlm.passes import PASSES, Pass
+from edgevlm.quant.options import CalibrationOptions
 
 __all__ = [
     "FLOORS",
@@ -37,6 +38,7 @@ __all__ = [
     "Gates",
     "GenerationOptions",
     "ImageOptions",
+    "LossyGates",
     "Recipe",
     "json_schema",
     "load_recipe",
@@ -103,6 +105,14 @@ class Gates(Options):
         return tuple(names)
 
 
+class LossyGates(Options):
+    """Bounds of a rung that is meant to lose something: a quantized model against the float one."""
+
+    accuracy_drop: float = Field(0.03, ge=0, le=1, description="Loss of task accuracy, at most.")
+    kl: float = Field(0.1, gt=0, description="Mean KL divergence of the logits, at most.")
+    argmax_agreement: float = Field(0.9, gt=0, le=1, description="Equal argmax, at least.")
+
+
 class EvidenceOptions(Options):
     """What is measured before a bundle is written, and what it must pass."""
 
@@ -115,6 +125,7 @@ class EvidenceOptions(Options):
     samples: int = Field(16, ge=1, le=10_000, description="Samples that every rung answers.")
     max_new_tokens: int = Field(32, ge=1, description="Greedy tokens per sample.")
     gates: Gates = Gates()
+    quantized: LossyGates = LossyGates()
     reason: str | None = Field(
         None, min_length=1, description="Why a gate is looser than usual; the manifest repeats it."
     )
@@ -198,6 +209,7 @@ class Recipe(Options):
         None, description="Type of weights and activations; absent: the device decides."
     )
     passes: tuple[Step, ...] = Field((), description="Rewrites of the model, in this order.")
+    calibration: CalibrationOptions = CalibrationOptions()
     image: ImageOptions = ImageOptions()
     context: ContextOptions = ContextOptions()
     generation: GenerationOptions = GenerationOptions()

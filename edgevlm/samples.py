@@ -11,7 +11,7 @@ from edgevlm.scenes import Sample, folder_samples, scenes_samples, score, scores
 from edgevlm_runtime.images.geometry import nearest_grid, smart_grid
 from edgevlm_runtime.images.spec import Geometry, NativeGeometry
 
-__all__ = ["Sample", "cover_grids", "draw_samples", "score_answers"]
+__all__ = ["Sample", "content_of", "cover_grids", "draw_samples", "score_answers"]
 
 
 def draw_samples(folder: Path | None, *, split: str, count: int, seed: int) -> list[Sample]:
@@ -42,6 +42,12 @@ def cover_grids(samples: Sequence[Sample], geometry: Geometry) -> list[Sample]:
             stretched = tuple(image.resize(size) for image in plain.images)
             covered.append(replace(plain, images=stretched))
     return covered
+
+
+def content_of(sample: Sample) -> tuple[object, ...]:
+    """All that a sample is made of, for a hash."""
+    pictures = [(image.size, image.mode, image.tobytes()) for image in sample.images]
+    return pictures, sample.messages, sample.answers, sample.task
 
 
 def score_answers(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, Any]:

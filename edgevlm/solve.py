@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from edgevlm.decisions import Decision, Outcome
 from edgevlm.device import Device
 from edgevlm.document import suggest
-from edgevlm.errors import DeviceError
 from edgevlm.model.spec import VlmSpec
 from edgevlm.recipe import Recipe
 from edgevlm_export.forms import FORMS, Form
 
-__all__ = ["Decision", "Outcome", "Settled", "refuse", "round_up", "settle"]
-
-Outcome = Literal["applied", "degraded", "refused"]
+__all__ = ["Settled", "choose_targets", "round_up", "settle"]
 
 # What a recipe's dtype may be; integer weights are what passes ask for.
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
@@ -31,37 +28,30 @@ CAPACITY_STEP = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Decision:
-    """What became of a wish: what was asked, whether it is done, why, and what that means."""
-
-    asked: str
-    outcome: Outcome
-    reason: str
-    effect: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Settled:
     """What a compile does for a recipe on a device.
 
     `rows` are the row counts of static step graphs, by target.
     """
 
-    targets: tuple[str, ...]
     dtype: str
     capacity: int
     rows: dict[str, tuple[int, ...]]
     decisions: tuple[Decision, ...]
 
 
-def settle(recipe: Recipe, device: Device, spec: VlmSpec, picture_tokens: int) -> Settled:
-    """Settle targets, types and sizes; a refusal is a decision here, and an error in `refuse`."""
-    targets, target_decisions = _targets(recipe, device)
+def settle(
+    recipe: Recipe,
+    device: Device,
+    spec: VlmSpec,
+    picture_tokens: int,
+    targets: tuple[str, ...],
+) -> Settled:
+    """Settle types and sizes; a refusal is a decision here, and an error in `refuse`."""
     dtype, dtype_decisions = _dtype(recipe, device, targets)
     capacity, capacity_decisions = _capacity(recipe, spec, picture_tokens)
     rows, row_decisions = _rows(targets, capacity)
     decisions = (
-        *target_decisions,
         *dtype_decisions,
         *capacity_decisions,
         *row_decisions,
@@ -69,21 +59,11 @@ def settle(recipe: Recipe, device: Device, spec: VlmSpec, picture_tokens: int) -
         *_note_decisions(spec),
         *_gate_decisions(recipe),
     )
-    return Settled(targets=targets, dtype=dtype, capacity=capacity, rows=rows, decisions=decisions)
+    return Settled(dtype=dtype, capacity=capacity, rows=rows, decisions=decisions)
 
 
-def refuse(decisions: Sequence[Decision]) -> None:
-    """Raise DeviceError where something that was asked for is refused."""
-    refused = [decision for decision in decisions if decision.outcome == "refused"]
-    if refused:
-        first, more = refused[0], len(refused) - 1
-        raise DeviceError(
-            f"{first.asked} is refused: {first.reason}" + (f" (and {more} more)" if more else ""),
-            hint=first.effect,
-        )
-
-
-def _targets(recipe: Recipe, device: Device) -> tuple[tuple[str, ...], list[Decision]]:
+def choose_targets(recipe: Recipe, device: Device) -> tuple[tuple[str, ...], list[Decision]]:
+    """The forms to compile, and what became of those that were asked for."""
     if recipe.targets is None:
         kept, decisions = _supported(device.targets, device)
         names = ", ".join(kept)

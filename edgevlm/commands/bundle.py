@@ -9,7 +9,7 @@ from rich.console import Console
 
 from edgevlm.commands.output import mebibytes, shape, table
 from edgevlm.commands.plan import show_decisions
-from edgevlm.solve import Decision
+from edgevlm.decisions import Decision
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.errors import BundleError
 from edgevlm_runtime.manifest import Variant

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from edgevlm.commands.output import console, marked, mebibytes, print_json, shape, table
+from edgevlm.decisions import Decision, refuse
 from edgevlm.plan import Plan, VariantPlan, recipe_plan
 from edgevlm.recipe import load_recipe
-from edgevlm.solve import Decision, refuse
 
 
 def plan_command(path: Path, *, as_json: bool) -> None:

@@ -15,6 +15,9 @@ from edgevlm.recipe import FLOORS, EvidenceOptions
 
 EAGER_MAX_ERROR = 1e-4
 
+ROUNDED = {"cosine": 0.999, "kl": 1e-3, "argmax_agreement": 0.98, "token_agreement": 0.9}
+"""Bounds between a quantized model and its graphs: the same numbers, rounded a few times apart."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
@@ -44,8 +47,12 @@ class Gate:
         return self.measured >= self.bound if self.is_floor else self.measured <= self.bound
 
 
-def limits(options: EvidenceOptions) -> dict[str, dict[str, Bound]]:
-    """The bounds of each kind of rung, from a recipe's."""
+def limits(options: EvidenceOptions, *, quantized: bool = False) -> dict[str, dict[str, Bound]]:
+    """The bounds of each kind of rung, from a recipe's.
+
+    Where activations are rounded, two kernels that add in another order round a number that lies
+    between two steps to different ones. Graphs of a `quantized` model are held to what that makes.
+    """
     reasons = options.loosened
     shared = {
         name: Bound(value=value, reason=reasons.get(name))
@@ -53,8 +60,17 @@ def limits(options: EvidenceOptions) -> dict[str, dict[str, Bound]]:
     }
     shared["flips"] = Bound(value=0.0)
     eager = Bound(value=min(options.gates.max_error, EAGER_MAX_ERROR))
+    lossy = {
+        f"{name}": Bound(value=value) for name, value in options.quantized.model_dump().items()
+    }
+    model = {**shared, "max_error": eager}
+    if quantized:
+        graph = {name: Bound(value=value) for name, value in ROUNDED.items()}
+        drop = {"accuracy_drop": lossy["accuracy_drop"]}
+        runtime = {"token_agreement": graph["token_agreement"], **drop}
+        return {"model": model, "quantized": lossy, "graph": graph, "runtime": runtime}
     return {
-        "model": {**shared, "max_error": eager},
+        "model": model,
         "graph": shared,
         "runtime": {name: shared[name] for name in ("token_agreement", "accuracy_drop", "flips")},
     }

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from edgevlm.cache import digest
 from edgevlm.checkpoint import Checkpoint
 from edgevlm.evidence.bisect import Divergence
 from edgevlm.evidence.eager import eager_witness
@@ -31,35 +33,67 @@ from edgevlm.plan import VariantPlan
 class Subject:
     """What is measured: a checkpoint, and the model made of it by the passes.
 
-    `spec` is the model's before any pass; `model` gives the model, and holds it until `release`.
-    The keys are hashes of all that the two depend on.
+    `spec` is the model's before any pass; `model` gives the model after so many passes, or all,
+    and holds it until `release`. `forms` are those that are measured, the last one has had all
+    passes. The keys are hashes of all that a model depends on.
     """
 
     checkpoint: Checkpoint
     checkpoint_key: str
     spec: VlmSpec
-    model: Callable[[], Vlm]
+    model: Callable[[int | None], Vlm]
     release: Callable[[], None]
-    model_key: str
+    forms: tuple[Form, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """A model on its way: after `count` passes. The first is `ours`, still lossless."""
+
+    name: str
+    count: int
+    key: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelEvidence:
-    """What the Hugging Face model and ours answered, and the rungs of the two."""
+    """What the Hugging Face model and ours, in its last form, answered, and the rungs so far.
 
+    `name` is that of the last form, `root` what its graphs and their runtime answer to: the
+    Hugging Face model's answers, or where something was lost on the way the last form's own.
+    """
+
+    name: str
     reference: Sequence[Witness]
     ours: Sequence[Witness]
+    root: Sequence[Witness]
     rungs: tuple[Rung, ...]
 
 
 def model_evidence(subject: Subject, climb: Climb) -> ModelEvidence:
     """Hold our model to the reference; raise EvidenceError where a gate fails."""
     reference = climb.witnesses("hf", subject.checkpoint_key, lambda: _referee(subject, climb))
-    ours = climb.witnesses("ours", subject.model_key, lambda: _eager(subject, climb, reference))
-    root = climb.root(reference)
-    rung = climb.rung("ours", "model", "hf", reference, ours, reference)
-    demand(rung, lambda: _origin(subject, climb))
-    return ModelEvidence(reference=reference, ours=ours, rungs=(root, rung))
+    rungs = [climb.root(reference)]
+    below = reference
+    for form in subject.forms:
+        first = len(rungs) == 1
+        above = climb.witnesses(
+            form.name,
+            digest(form.key, [f.key for f in subject.forms[: len(rungs) - 1]]),
+            partial(_eager, subject, climb, form, below),
+        )
+        kind = "model" if first else "quantized"
+        rung = climb.rung(form.name, kind, rungs[-1].name, below, above, reference)
+        demand(rung, (lambda: _origin(subject, climb)) if first else _nowhere)
+        rungs.append(rung)
+        below = above
+    return ModelEvidence(
+        name=subject.forms[-1].name,
+        reference=reference,
+        ours=below,
+        root=reference if len(subject.forms) == 1 else below,
+        rungs=tuple(rungs),
+    )
 
 
 def graph_evidence(
@@ -75,16 +109,22 @@ def graph_evidence(
     `folder` holds a whole bundle, `files_key` is the hash of its content. Raises EvidenceError
     where a gate fails.
     """
-    name, root = variant.target, below.reference
+    name, root = variant.target, below.root
     graphs = climb.witnesses(name, files_key, lambda: _graphs(folder, name, below.ours))
-    rung = climb.rung(name, "graph", "ours", below.ours, graphs, root, complete=False)
+    rung = climb.rung(name, "graph", below.name, below.ours, graphs, root, complete=False)
     demand(rung, lambda: _locate(subject, variant, folder))
     answers = climb.witnesses(
         f"{name}/runtime", files_key, lambda: RuntimeWitness(folder, name, climb.exam).answer
     )
-    top = climb.rung(f"{name}/runtime", "runtime", name, graphs, answers, root)
+    top = climb.rung(
+        f"{name}/runtime", "runtime", name, graphs, answers, root, scored=below.reference
+    )
     demand(top, lambda: _locate(subject, variant, folder))
     return rung, top
+
+
+def _nowhere() -> None:
+    """What is lost everywhere has no first place."""
 
 
 def _origin(subject: Subject, climb: Climb) -> Divergence | None:
@@ -95,7 +135,7 @@ def _origin(subject: Subject, climb: Climb) -> Divergence | None:
 
 def _locate(subject: Subject, variant: VariantPlan, folder: Path) -> Divergence | None:
     """Bisect the graphs of a variant in the order in which they run."""
-    model = subject.model()
+    model = subject.model(None)
     for planned in variant.graphs:
         found = find_fault(
             module_of(model, variant, planned), folder / graph_file(variant, planned)
@@ -114,8 +154,8 @@ def _referee(subject: Subject, climb: Climb) -> Answerer:
     return answer
 
 
-def _eager(subject: Subject, climb: Climb, reference: Sequence[Witness]) -> Answerer:
-    model = subject.model()
+def _eager(subject: Subject, climb: Climb, form: Form, reference: Sequence[Witness]) -> Answerer:
+    model = subject.model(form.count)
 
     def answer(number: int, question: Question) -> Witness:
         return eager_witness(model, question, reference[number], end_tokens=climb.exam.end_tokens)

@@ -72,8 +72,13 @@ class Climb:
         root: Sequence[Witness],
         *,
         complete: bool = True,
+        scored: Sequence[Witness] | None = None,
     ) -> Rung:
-        """Measure a rung; `complete` says that its answers are whole ones, which can be scored."""
+        """Measure a rung against its parent, its answers against those of `root`.
+
+        `complete` says that they are whole ones: then they are scored, as those of `scored` are (of
+        `root` where nothing is given), for the loss of accuracy.
+        """
         return compare(
             name,
             kind=kind,
@@ -83,7 +88,9 @@ class Climb:
             root=root,
             bounds=self.bounds[kind],
             accuracy=self.exam.accuracy(ours) if complete else {},
-            root_accuracy=self.exam.accuracy(root) if complete else {},
+            root_accuracy=self.exam.accuracy(root if scored is None else scored)
+            if complete
+            else {},
         )
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+MOST_DB = 200.0
+"""Beyond this two tensors are the same; float32 differs at 140."""
 
 TIE_MARGIN = 1e-4
 """Two top logits closer than this are a tie: float32 rounding may order them either way."""
@@ -14,11 +19,15 @@ TIE_MARGIN = 1e-4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorAgreement:
-    """One tensor against its reference: largest error, the reference's spread, direction."""
+    """One tensor against its reference: largest error, the reference's spread, direction, noise.
+
+    `sqnr_db` is 10 log10(sum want^2 / sum (want - got)^2), at most `MOST_DB`.
+    """
 
     max_error: float
     std: float
     cosine: float
+    sqnr_db: float
 
     @property
     def relative_error(self) -> float:
@@ -28,7 +37,7 @@ class TensorAgreement:
     @property
     def figures(self) -> dict[str, float]:
         """What gates are held against, by their names."""
-        return {"max_error": self.relative_error, "cosine": self.cosine}
+        return {"max_error": self.relative_error, "cosine": self.cosine, "sqnr_db": self.sqnr_db}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +105,20 @@ def tensor_agreement(
     want = np.concatenate([pair[0] for pair in pairs])
     got = np.concatenate([pair[1] for pair in pairs])
     return TensorAgreement(
-        max_error=float(np.abs(want - got).max()), std=float(want.std()), cosine=_cosine(want, got)
+        max_error=float(np.abs(want - got).max()),
+        std=float(want.std()),
+        cosine=_cosine(want, got),
+        sqnr_db=sqnr_db(want, got),
     )
+
+
+def sqnr_db(want: NDArray[Any], got: NDArray[Any]) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum want^2 / sum (want - got)^2)."""
+    want, got = _flat(want), _flat(got)
+    signal, noise = float(want @ want), float((want - got) @ (want - got))
+    if signal == 0.0 or noise <= signal * 10 ** (-MOST_DB / 10):
+        return MOST_DB if noise == 0.0 or signal > 0.0 else -MOST_DB
+    return 10 * math.log10(signal / noise)
 
 
 def logits_agreement(

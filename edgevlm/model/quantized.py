@@ -65,8 +65,9 @@ class QuantEmbedding(nn.Module):
         """Map [...] to [..., W]."""
         flat = token_ids.flatten()
         size = self.scheme.weights.group_size
-        rows = dequantized(self.weight[flat], self.scale[flat], None, size)
-        return rows.unflatten(0, token_ids.shape)
+        rows: Tensor = dequantized(self.weight[flat], self.scale[flat], None, size)
+        shaped: Tensor = rows.unflatten(0, token_ids.shape)
+        return shaped
 
 
 def _frozen(value: Tensor) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,7 +36,7 @@ class Decoder(nn.Module):
         self.spec = spec
         self.layers = nn.ModuleList(Layer(spec.width, layer) for layer in spec.layers)
         self.norm = build_norm(spec.width, spec.norm)
-        self.head = Head(spec.width, spec.vocab_size, bias=False)
+        self.head: nn.Module = Head(spec.width, spec.vocab_size, bias=False)
 
     def forward(
         self, x: Tensor, keys: Sequence[KeySource], logit_rows: Tensor | None = None
@@ -61,7 +62,7 @@ class Vlm(nn.Module):
         self.spec = spec
         self.vision = Vision(spec.vision)
         self.projector = build_projector(spec.projector)
-        self.embedding = nn.Embedding(spec.decoder.vocab_size, spec.decoder.width)
+        self.embedding: nn.Module = nn.Embedding(spec.decoder.vocab_size, spec.decoder.width)
         self.decoder = Decoder(spec.decoder)
         self.prefill = Decoder(spec.decoder) if spec.has_prefill else None
         for site, scheme in spec.schemes.items():
@@ -77,21 +78,25 @@ class Vlm(nn.Module):
 
     def tie(self) -> None:
         """Let modules share what is one: a tied head, and what both decoders have alike."""
-        heads = [self.decoder.head, *([] if self.prefill is None else [self.prefill.head])]
-        if self.spec.decoder.tied and isinstance(self.embedding, nn.Embedding):
-            for head in heads:
-                if isinstance(head, nn.Linear):
-                    head.weight = self.embedding.weight
+        head = self.decoder.head
+        table = self.embedding
+        both = isinstance(table, nn.Embedding) and isinstance(head, nn.Linear)
+        if self.spec.decoder.tied and both:
+            head.weight = table.weight
         if self.prefill is None:
             return
+        self.prefill.head = self.decoder.head
         for name, module in list(self.prefill.named_modules()):
-            if isinstance(module, QuantLinear):
-                continue
             twin = self.decoder.get_submodule(name)
-            if isinstance(twin, QuantLinear):
-                continue
-            for attribute, weight in twin.named_parameters(recurse=False):
-                setattr(module, attribute, weight)
+            if not isinstance(module, QuantLinear) and not isinstance(twin, QuantLinear):
+                for attribute, weight in twin.named_parameters(recurse=False):
+                    setattr(module, attribute, weight)
+
+    def split_phases(self) -> None:
+        """Give prompts a decoder of their own, which shares every weight until one is replaced."""
+        shared = {id(weight): weight for weight in self.decoder.parameters()}
+        self.prefill = copy.deepcopy(self.decoder, shared)
+        self.prefill.head = self.decoder.head
 
     def encode(self, pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Map pixels [N, ...] of pictures (or tiles) of one grid to image rows [N, tokens, W]."""
@@ -110,9 +115,19 @@ class Vlm(nn.Module):
 
     def forward(self, rows: Tensor, positions: Tensor, logit_rows: Tensor | None = None) -> Tensor:
         """Logits of a whole sequence of rows [1, T, W] at positions [T] or [3, T], as a prompt."""
+        return self.whole(self.prefill or self.decoder, rows, positions, logit_rows)
+
+    def whole(
+        self,
+        decoder: Decoder,
+        rows: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor | None = None,
+    ) -> Tensor:
+        """The same by one of the decoders."""
         cos, sin = rope_tables(self.spec.decoder.rope, positions)
-        keys = [FullCache(cos, sin) for _ in self.decoder.layers]
-        logits: Tensor = (self.prefill or self.decoder)(rows, keys, logit_rows)
+        keys = [FullCache(cos, sin) for _ in decoder.layers]
+        logits: Tensor = decoder(rows, keys, logit_rows)
         return logits
 
     def answer(self, rows: Tensor, positions: Tensor, num_prompt: int) -> Tensor:
@@ -123,7 +138,7 @@ class Vlm(nn.Module):
         """
         wanted = torch.arange(num_prompt - 1, rows.shape[1])
         if self.prefill is None:
-            return self(rows, positions, wanted)[0]
+            return self.whole(self.decoder, rows, positions, wanted)[0]
         past = [_no_rows(layer.attention) for layer in self.spec.decoder.layers]
         begin, logits = 0, []
         for decoder, end in ((self.prefill, num_prompt), (self.decoder, rows.shape[1])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgevlm.passes.base import Applied, Change, Context, Foresight, Pass, run_pass, run_passes
 from edgevlm.passes.fold_norms import FoldNorms
+from edgevlm.passes.quantize import Quantize
 
 __all__ = [
     "PASSES",
@@ -13,8 +14,9 @@ __all__ = [
     "FoldNorms",
     "Foresight",
     "Pass",
+    "Quantize",
     "run_pass",
     "run_passes",
 ]
 
-PASSES: dict[str, type[Pass]] = {step.name: step for step in (FoldNorms,)}
+PASSES: dict[str, type[Pass]] = {step.name: step for step in (FoldNorms, Quantize)}

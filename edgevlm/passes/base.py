@@ -15,17 +15,21 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgevlm.document import Options
 from edgevlm.errors import PassError
+from edgevlm.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgevlm.decisions import Decision
     from edgevlm.device import Device
     from edgevlm.model.spec import VlmSpec
     from edgevlm.model.vlm import Vlm
+    from edgevlm.quant.calibrate import CalibrationCase
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +41,20 @@ LOSSLESS_TOLERANCE = 1e-4
 class Context:
     """What a pass may look at besides the model.
 
-    `probe` runs the model on a sample and returns its logits; without one, the promise of a
-    lossless pass is not verified.
+    `targets` are the forms that it is compiled to. `probe` runs the model on a sample and returns
+    its logits; without one, the promise of a lossless pass is not verified. `calibration` draws
+    the recipe's calibration samples, of which `samples_key` is the hash; a plan has none. `work` is
+    a folder where a long pass keeps what it has done so far.
     """
 
     device: Device
+    targets: tuple[str, ...] = ()
     seed: int = 0
     probe: Callable[[Vlm], Tensor] | None = None
+    calibration: Callable[[], Sequence[CalibrationCase]] | None = None
+    samples_key: str = ""
+    progress: Progress = field(default_factory=Silent)
+    work: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,20 +62,26 @@ class Change:
     """What one pass did.
 
     `sites` were touched, `skipped` were looked at and left, each with the reason; `measures` are
-    numbers worth knowing (`visual_tokens`, `weight_mib`).
+    numbers worth knowing (`visual_tokens`, `weight_mib`). `schemes` has what each quantized site
+    was given, as plain data.
     """
 
     sites: tuple[str, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
     measures: Mapping[str, float] = field(default_factory=dict)
+    schemes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Foresight:
-    """What `plan` can say of a pass without weights: the spec after it, and what it will touch."""
+    """What `plan` can say of a pass without weights: the spec after it, and what it will touch.
+
+    `decisions` are about single wishes of the pass, where it has several.
+    """
 
     spec: VlmSpec
     effect: str
+    decisions: tuple[Decision, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +97,15 @@ class Pass(Options, ABC):
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
 
     @abstractmethod
-    def foresee(self, spec: VlmSpec) -> Foresight:
+    def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Say what the model will be, or raise PassError where the spec alone shows it cannot."""
+
+    def reshape(self, spec: VlmSpec, change: Change, context: Context) -> VlmSpec:
+        """The spec of a model that this pass has changed."""
+        return self.foresee(spec, context).spec
 
     def check(self, model: Vlm, context: Context) -> None:
         """Raise PassError if the pass does not apply. Must not modify the model."""

@@ -30,7 +30,7 @@ class FoldNorms(Pass):
     name: ClassVar[str] = "fold_norms"
     lossless: ClassVar[bool] = True
 
-    def foresee(self, spec: VlmSpec) -> Foresight:
+    def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Shapes and outputs stay as they are."""
         return Foresight(spec=spec, effect="weights change, shapes and outputs do not")
 

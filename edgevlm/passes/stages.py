@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +22,19 @@ from edgevlm.passes.base import Applied, Change, Context, Pass, run_pass
 WORTH_KEEPING_S = 10.0
 
 
-def chain(model_key: str, steps: Sequence[Pass]) -> str:
+def chain(model_key: str, steps: Sequence[Pass], context: Context) -> str:
     """The key of a model after these passes."""
     key = model_key
     for step in steps:
-        key = digest(key, step.name, step)
+        key = step_key(key, step, context)
     return key
+
+
+def step_key(key: str, step: Pass, context: Context) -> str:
+    """The key of a model after one more pass: its options, and what it looks at besides."""
+    seen: tuple[object, ...] = (context.device.name, context.device.dtypes, context.targets)
+    seen = (*seen, context.device.numeric, context.samples_key) if step.calibrates else ()
+    return digest(key, step.name, step, context.seed, *seen)
 
 
 def run_stages(
@@ -37,8 +44,10 @@ def run_stages(
     applied = []
     key = model_key
     for step in steps:
-        key = chain(key, [step])
-        model, change = _stage(step, model, context, cache, key)
+        key = step_key(key, step, context)
+        with cache.workplace("passes", key) as work:
+            here = replace(context, work=work)
+            model, change = _stage(step, model, here, cache, key)
         applied.append(Applied(step=step, change=change))
     return model, tuple(applied)
 
@@ -48,7 +57,8 @@ def _stage(
 ) -> tuple[Vlm, Change]:
     kept = cache.find("passes", key)
     if kept is not None and (kept / "weights.safetensors").exists():
-        return _restore(step, model, kept), _change(kept)
+        change = _change(kept)
+        return _restore(step, model, kept, change, context), change
     before = {name: (weight.data_ptr(), weight._version) for name, weight in _weights(model)}
     started = time.monotonic()
     change = run_pass(step, model, context)
@@ -68,9 +78,9 @@ def _stage(
     return model, change
 
 
-def _restore(step: Pass, model: Vlm, kept: Path) -> Vlm:
+def _restore(step: Pass, model: Vlm, kept: Path, change: Change, context: Context) -> Vlm:
     """Put kept weights into the model, in the shape that the pass gives it."""
-    spec = step.foresee(model.spec).spec
+    spec = step.reshape(model.spec, change, context)
     if spec != model.spec:
         with torch.device("meta"):
             reshaped = Vlm(spec)
@@ -87,7 +97,7 @@ def _restore(step: Pass, model: Vlm, kept: Path) -> Vlm:
 
 def _change(kept: Path) -> Change:
     data = json.loads((kept / "change.json").read_text())
-    return Change(sites=tuple(data["sites"]), skipped=data["skipped"], measures=data["measures"])
+    return Change(**{**data, "sites": tuple(data["sites"])})
 
 
 def _weights(model: Vlm) -> list[tuple[str, torch.nn.Parameter]]:

@@ -85,10 +85,13 @@ def _rounded(
         if x_dtype in FLOAT8_MAX:
             most = FLOAT8_MAX[x_dtype]
             small = (x / x_scale).clamp(-most, most).to(getattr(torch, x_dtype))
-            return small.float() * x_scale
+            real: Tensor = small.float() * x_scale
+            return real
         assert x_zero is not None, "static integers have a zero point"
         most = 2 ** (INT_BITS[x_dtype] - 1)
-        return (torch.clamp(torch.round(x / x_scale) + x_zero, -most, most - 1) - x_zero) * x_scale
+        whole = torch.clamp(torch.round(x / x_scale) + x_zero, -most, most - 1)
+        steps: Tensor = (whole - x_zero) * x_scale
+        return steps
     if x_scales == "tensor":
         # What DynamicQuantizeLinear does: eight bits from the least to the largest, 0 among them.
         low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
@@ -99,7 +102,8 @@ def _rounded(
     rows = x if x_scales == "token" else _blocks(x, group_size)
     step = (rows.abs().amax(dim=-1, keepdim=True) * (1 / 127)).clamp(min=TINY)
     found = torch.round(rows / step) * step
-    return found if x_scales == "token" else found.flatten(-2)[..., : x.shape[-1]]
+    whole_row: Tensor = found if x_scales == "token" else found.flatten(-2)[..., : x.shape[-1]]
+    return whole_row
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
@@ -154,7 +158,7 @@ def _numpy_rounded(
     if x_scales == "static":
         assert x_scale is not None
         if x_dtype in FLOAT8_MAX:
-            return numpy_float8(x / x_scale, x_dtype) * x_scale
+            return np.asarray(numpy_float8(x / x_scale, x_dtype) * x_scale)
         assert x_zero is not None
         most = 2 ** (INT_BITS[x_dtype] - 1)
         shifted = np.clip(np.round(x / x_scale) + x_zero, -most, most - 1)

@@ -9,7 +9,7 @@ changes with the rows beside it. Maps that read the same rows share the rounding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -124,8 +124,11 @@ def _integer(emit: Emitter, node: ir.Node, x_scales: str) -> ir.Value:
         )
     if x_scales == "static":
         rounded, step, shift = _static(emit, x, x_scale, x_zero)
-        product = (rounded, transposed, step, scales, shift, zeros, bias)
-        return emit.one("MatMulIntegerToFloat", *product, domain=MICROSOFT)
+        return emit.one(
+            "MatMulIntegerToFloat",
+            *(rounded, transposed, step, scales, shift, zeros, bias),
+            domain=MICROSOFT,
+        )
     rounded, steps = _rounded_rows(emit, x)
     one, shift = emit.constant(np.float32(1)), emit.constant(np.uint8(128))
     product = (rounded, transposed, one, scales, shift, zeros)
@@ -166,10 +169,11 @@ def _rounded_rows(emit: Emitter, x: ir.Value) -> tuple[ir.Value, ...]:
     return _once(emit, f"{x.name} rows", make)
 
 
-def _once(emit: Emitter, key: str, make: object) -> tuple[ir.Value, ...]:
+def _once(
+    emit: Emitter, key: str, make: Callable[[], tuple[ir.Value, ...]]
+) -> tuple[ir.Value, ...]:
     """What the first call with this key made."""
-    known = emit.graph.meta.setdefault(_ROUNDED, {})
+    known: dict[str, tuple[ir.Value, ...]] = emit.graph.meta.setdefault(_ROUNDED, {})
     if key not in known:
-        known[key] = make()  # type: ignore[operator]
-    found: tuple[ir.Value, ...] = known[key]
-    return found
+        known[key] = make()
+    return known[key]

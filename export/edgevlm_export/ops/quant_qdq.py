@@ -101,7 +101,7 @@ def _weights(
     def stored(value: ir.Value, shape: Sequence[int]) -> ir.Value:
         def make(values: list[np.ndarray]) -> np.ndarray:
             flipped = values[0].T.reshape(shape)
-            return flipped.astype(ml_dtypes.int4) if is_narrow else flipped
+            return np.asarray(flipped.astype(ml_dtypes.int4) if is_narrow else flipped)
 
         return lazy(emit, f"{value.name}.{suffix}", [value], make, kind, shape)
 

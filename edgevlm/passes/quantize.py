@@ -1,0 +1,113 @@
+"""Quantize linear maps: a scheme for each component, one for each phase, rules for single sites.
+
+    - quantize:
+        vision: w8a8
+        decoder: {scheme: w4a16, method: gptq}
+        prefill: w8a8
+        head: w4a16
+        sites: [{match: "decoder.layers.0.mlp.down", skip: it does the most harm}]
+
+Norms, softmax and rotary angles are no linear maps and stay in float. A convolution that makes
+patches stays too: it is under a hundredth of the products, and the first thing that errs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from edgevlm.passes.base import Change, Context, Foresight, Pass
+from edgevlm.quant.options import SchemeOptions, SiteOptions
+
+if TYPE_CHECKING:
+    from edgevlm.model.spec import Scheme, VlmSpec
+    from edgevlm.model.vlm import Vlm
+    from edgevlm.quant.assign import Assignment
+
+PATCHES = "a convolution of patches stays in float: few products, and all that follows reads it"
+
+
+class Quantize(Pass):
+    """Schemes by component, phase and site."""
+
+    name: ClassVar[str] = "quantize"
+    calibrates: ClassVar[bool] = True
+
+    vision: SchemeOptions | None = Field(None, description="The vision encoder.")
+    projector: SchemeOptions | None = Field(None, description="What maps features to rows.")
+    decoder: SchemeOptions | None = Field(None, description="Layers of the language model.")
+    prefill: SchemeOptions | None = Field(
+        None,
+        description="The same layers where they read prompts; absent: as `decoder`. Both sets of "
+        "weights are held.",
+    )
+    head: SchemeOptions | None = Field(None, description="Rows to logits.")
+    sites: tuple[SiteOptions, ...] = Field((), description="Rules for single sites, last wins.")
+    bias_correction: bool = Field(
+        False, description="Add to biases what rounding takes from the mean of an output."
+    )
+    strict: bool = Field(
+        False, description="Fail the compile where the audit finds another precision than asked."
+    )
+
+    def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
+        """The schemes of all sites; kernels that the device lacks are refused."""
+        assignment = self.assign(spec, context)
+        effect = f"{len(assignment.schemes)} linear maps quantized"
+        return Foresight(
+            spec=replace(spec, schemes=assignment.schemes),
+            effect=effect,
+            decisions=assignment.decisions,
+        )
+
+    def reshape(self, spec: VlmSpec, change: Change, context: Context) -> VlmSpec:
+        """The schemes that were given, which a budget may have chosen."""
+        schemes = {site: scheme_from(data) for site, data in change.schemes.items()}
+        return replace(spec, schemes=schemes)
+
+    def apply(self, model: Vlm, context: Context) -> Change:
+        """Round the weights, calibrate the activations, and put quantized maps in place."""
+        from edgevlm.quant.engine import quantize_model
+
+        assignment = self.assign(model.spec, context)
+        measures = quantize_model(model, assignment, self.bias_correction, context)
+        skipped = dict(assignment.skipped)
+        if model.spec.vision.pixels != "patches":
+            skipped["vision.embed.patch"] = PATCHES
+        return Change(
+            sites=tuple(assignment.schemes),
+            skipped=skipped,
+            measures=measures,
+            schemes={site: asdict(scheme) for site, scheme in assignment.schemes.items()},
+        )
+
+    def assign(self, spec: VlmSpec, context: Context) -> Assignment:
+        """The schemes of all sites, from the spec alone."""
+        from edgevlm.quant.assign import Wishes, assign
+
+        parts = {
+            "vision": self.vision,
+            "projector": self.projector,
+            "decoder": self.decoder,
+            "head": self.head,
+        }
+        wishes = Wishes(
+            components={name: wish for name, wish in parts.items() if wish is not None},
+            prefill=self.prefill,
+            rules=self.sites,
+        )
+        return assign(wishes, spec, context.device, context.targets)
+
+
+def scheme_from(data: Any) -> Scheme:
+    """A scheme from its plain data."""
+    from edgevlm.quant.spec import ActivationQuant, Scheme, WeightQuant
+
+    activations = data["activations"]
+    return Scheme(
+        name=data["name"],
+        weights=WeightQuant(**data["weights"]),
+        activations=None if activations is None else ActivationQuant(**activations),
+    )

@@ -1,0 +1,275 @@
+"""Which linear map gets which scheme: a recipe's wishes, settled for targets and a device.
+
+A component has a scheme, a phase may have another, and a rule for single sites wins over both, the
+last that matches. What a device does not compute is refused here, from its file alone.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from edgevlm.decisions import Decision
+from edgevlm.device import Device, DtypeFact
+from edgevlm.document import suggest
+from edgevlm.errors import PassError
+from edgevlm.model.spec import VlmSpec
+from edgevlm.quant.options import SchemeOptions, SiteOptions
+from edgevlm.quant.sites import LinearSite, linear_sites
+from edgevlm.quant.spec import DTYPE_BITS, SCHEMES, ActivationQuant, Scheme, WeightQuant
+from edgevlm_export.forms import FORMS
+
+__all__ = ["Assignment", "Wishes", "assign", "scheme_of"]
+
+GROUP_SIZE = 32
+"""Group of 4-bit weights where a recipe names none: what the peers ship."""
+
+STATIC_BITS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What a recipe asks: a scheme by component, one for prompts, and rules for sites."""
+
+    components: Mapping[str, SchemeOptions]
+    prefill: SchemeOptions | None = None
+    rules: Sequence[SiteOptions] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """The schemes of all sites, in the order of computation, with the options they came from.
+
+    Sites under `prefill` are those of the decoder for prompts. `skipped` has the linear maps that
+    stay in float, each with the reason.
+    """
+
+    schemes: Mapping[str, Scheme]
+    options: Mapping[str, SchemeOptions]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
+
+
+def assign(wishes: Wishes, spec: VlmSpec, device: Device, targets: Sequence[str]) -> Assignment:
+    """Settle all wishes; raise PassError for a rule that matches no site."""
+    sites = linear_sites(spec)
+    if wishes.prefill is not None:
+        prompts = {
+            site.replace("decoder.", "prefill.", 1): linear
+            for site, linear in sites.items()
+            if linear.component == "decoder"
+        }
+        sites |= prompts
+    _check_rules(wishes.rules, sites)
+    schemes: dict[str, Scheme] = {}
+    options: dict[str, SchemeOptions] = {}
+    skipped = {}
+    for site, linear in sites.items():
+        wish, reason = _wish(wishes, site, linear)
+        if wish is None:
+            skipped[site] = reason
+        else:
+            schemes[site] = scheme_of(wish, device, targets)
+            options[site] = wish
+    return Assignment(
+        schemes=schemes,
+        options=options,
+        skipped=skipped,
+        decisions=_decisions(wishes, sites, schemes, device, targets),
+    )
+
+
+def scheme_of(wish: SchemeOptions, device: Device, targets: Sequence[str]) -> Scheme:
+    """The scheme that a wish means on a device and its targets."""
+    weight, activation = SCHEMES[wish.instead or wish.scheme]
+    has_static = any(FORMS[target].rows for target in targets)
+    group_size = 0
+    if not wish.per_channel:
+        group_size = wish.group_size or (GROUP_SIZE if weight == "int4" else 0)
+    activations: ActivationQuant | None
+    if DTYPE_BITS[activation] == STATIC_BITS:
+        # Floats are finer than 16 bits, and what a CPU has.
+        activations = ActivationQuant(dtype=activation, scales="static") if has_static else None
+    else:
+        found = "block" if group_size else "token"
+        usual = "static" if has_static or activation != "int8" else found
+        scales: str = wish.activations or usual
+        activations = ActivationQuant(dtype=activation, scales=scales)
+    bits = DTYPE_BITS[weight]
+    limit = device.numeric.int8_weight_bits
+    multiplies = activations is not None and activations.dtype == "int8"
+    if weight == "int8" and multiplies and not group_size and "ort" in targets and limit:
+        bits = min(bits, limit.value)
+    weights = WeightQuant(dtype=weight, bits=bits, group_size=group_size, symmetric=wish.symmetric)
+    return Scheme(name=wish.instead or wish.scheme, weights=weights, activations=activations)
+
+
+def _wish(wishes: Wishes, site: str, linear: LinearSite) -> tuple[SchemeOptions | None, str]:
+    """What is asked of a site, or why nothing is."""
+    wish = wishes.components.get(linear.component)
+    if site.startswith("prefill."):
+        wish = wishes.prefill
+    reason = f"no scheme is asked for {linear.component}"
+    for rule in wishes.rules:
+        if fnmatch.fnmatchcase(site, rule.match):
+            wish, reason = rule.scheme, rule.skip or ""
+    return wish, reason
+
+
+def _check_rules(rules: Sequence[SiteOptions], sites: Mapping[str, LinearSite]) -> None:
+    for rule in rules:
+        if not any(fnmatch.fnmatchcase(site, rule.match) for site in sites):
+            raise PassError(
+                f"{rule.match!r} matches none of the {len(sites)} linear maps",
+                name="quantize",
+                hint=suggest(rule.match, list(sites)),
+            )
+
+
+def _decisions(
+    wishes: Wishes,
+    sites: Mapping[str, LinearSite],
+    schemes: Mapping[str, Scheme],
+    device: Device,
+    targets: Sequence[str],
+) -> tuple[Decision, ...]:
+    """One decision for each scheme of a part of the model."""
+    parts: dict[tuple[str, Scheme], list[str]] = {}
+    for site, scheme in schemes.items():
+        part = "prefill" if site.startswith("prefill.") else sites[site].component
+        parts.setdefault((part, scheme), []).append(site)
+    decisions = []
+    for (part, scheme), members in parts.items():
+        numbers = sum(sites[site].numbers for site in members)
+        size = sum(scheme.weights.nbytes(sites[site].rows, sites[site].columns) for site in members)
+        effect = (
+            f"{len(members)} linear maps, {4 * numbers / 2**20:,.1f} MiB as float32, "
+            f"{size / 2**20:,.1f} MiB as {scheme}"
+        )
+        if part == "prefill":
+            effect += ", held beside the weights of decode"
+        asked = f"quantize {part} {scheme.name}"
+        refusal = _seen_by_neighbours(asked, scheme, part) or next(
+            (
+                decision
+                for target in targets
+                if (decision := _refusal(asked, scheme, device, target)) is not None
+            ),
+            None,
+        )
+        decisions.append(
+            refusal
+            or _applied(asked, scheme, wishes, part, device, targets, members, sites, effect)
+        )
+    return tuple(decisions)
+
+
+def _applied(
+    asked: str,
+    scheme: Scheme,
+    wishes: Wishes,
+    part: str,
+    device: Device,
+    targets: Sequence[str],
+    members: Sequence[str],
+    sites: Mapping[str, LinearSite],
+    effect: str,
+) -> Decision:
+    """The decision of a scheme that the device computes, with what it costs."""
+    notes = []
+    wish = wishes.prefill if part == "prefill" else wishes.components.get(part)
+    if wish is not None and wish.instead == scheme.name:
+        asked = asked.replace(scheme.name, wish.scheme)
+        notes.append(f"{wish.instead} was named in its place: activations are rounded to int8")
+    if scheme.weights.bits < DTYPE_BITS[scheme.weights.dtype]:
+        notes.append(
+            f"{device.name} is exact for weights of {scheme.weights.bits} bits: they are kept to "
+            "these"
+        )
+    size = scheme.weights.group_size
+    short = [site for site in members if size and sites[site].columns % size]
+    reason = "; ".join(notes) or f"{device.name} computes it on {', '.join(targets)}"
+    if short:
+        effect += f"; {len(short)} maps end in a short group, the first is {short[0]}"
+    return Decision(
+        asked=asked, outcome="degraded" if notes else "applied", reason=reason, effect=effect
+    )
+
+
+def _seen_by_neighbours(asked: str, scheme: Scheme, part: str) -> Decision | None:
+    """The refusal of one scale for a whole call where calls are cut at will."""
+    activations = scheme.activations
+    if activations is None or activations.scales != "tensor" or part in ("vision", "projector"):
+        return None
+    return Decision(
+        asked=f"{asked} with activations: tensor",
+        outcome="refused",
+        reason="a row would change with the rows beside it, and a prompt with how it is cut",
+        effect="choose activations: token, or static",
+    )
+
+
+def _refusal(asked: str, scheme: Scheme, device: Device, target: str) -> Decision | None:
+    """The refusal of a scheme on a target, or None where the device computes it."""
+    facts = [
+        fact
+        for fact in device.dtypes_of(target)
+        if fact.weight == scheme.weights.dtype and _multiplies(fact, scheme, target)
+    ]
+    if not facts:
+        known = sorted(
+            {
+                f"{fact.weight} x {fact.activation}"
+                for fact in device.dtypes_of(target)
+                if fact.granularity is not None
+            }
+        )
+        activations = scheme.activations.dtype if scheme.activations else "float32"
+        return Decision(
+            asked=f"{asked} on {target!r}",
+            outcome="refused",
+            reason=f"{device.name} multiplies no {scheme.weights.dtype} by {activations} there",
+            effect=f"it multiplies {', '.join(known)}",
+        )
+    for fact in facts:
+        is_group = fact.granularity == "group"
+        if is_group == bool(scheme.weights.group_size) and (
+            not is_group or scheme.weights.group_size in fact.group_sizes
+        ):
+            return None
+    ways = [
+        f"groups of {', '.join(map(str, fact.group_sizes))}"
+        if fact.granularity == "group"
+        else "whole channels"
+        for fact in facts
+    ]
+    asked_for = scheme.weights.granularity.replace("group:", "groups of ")
+    return Decision(
+        asked=f"{asked} in {asked_for} on {target!r}",
+        outcome="refused",
+        reason=f"{device.name} has kernels for {' and '.join(dict.fromkeys(ways))}",
+        effect="set group_size or per_channel accordingly",
+    )
+
+
+def _multiplies(fact: DtypeFact, scheme: Scheme, target: str) -> bool:
+    """Whether a kernel takes the activations of a scheme; where there are none, floats."""
+    activations = scheme.activations
+    if activations is None:
+        return fact.activation.startswith(("float32", "float16", "bfloat16"))
+    if activations.dtype == "int16" and not FORMS[target].rows:
+        # Floats are finer: this form leaves the activations as they are.
+        return fact.activation == "float32"
+    return fact.activation == activations.dtype and activations.scales in fact.scales
+
+
+def without_sites(assignment: Assignment, sites: Sequence[str], reason: str) -> Assignment:
+    """The same assignment with these sites left in float."""
+    left = set(sites)
+    return replace(
+        assignment,
+        schemes={site: s for site, s in assignment.schemes.items() if site not in left},
+        options={site: o for site, o in assignment.options.items() if site not in left},
+        skipped={**assignment.skipped, **dict.fromkeys(sites, reason)},
+    )

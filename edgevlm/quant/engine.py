@@ -1,0 +1,253 @@
+"""Quantizes a model unit by unit, each on what the quantized units before it give.
+
+What must be known of an input is gathered while a unit (a layer, the projector, the head) runs in
+float on the calibration samples: its range where activations have constant scales, the products of
+its columns where rounding looks at them. Then the unit's maps are replaced, and it runs again for
+the input of the next. A finished unit is kept in the work folder, so an interrupted run goes on
+with the next one, and comes to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgevlm.errors import PassError
+from edgevlm.model.quantized import QuantLinear
+from edgevlm.model.vlm import Decoder, Vlm, place
+from edgevlm.passes.base import Context
+from edgevlm.quant.assign import Assignment
+from edgevlm.quant.calibrate import (
+    CalibrationCase,
+    LayerCalls,
+    decoder_calls,
+    embed_pictures,
+    encode_features,
+    project_features,
+    vision_calls,
+)
+from edgevlm.quant.rounding import quantized_linear
+from edgevlm.quant.sites import linear_sites
+from edgevlm.quant.statistics import Statistics, Wanted, wanted_of
+
+__all__ = ["quantize_model"]
+
+Run = Callable[[], object]
+
+
+@torch.no_grad()
+def quantize_model(
+    model: Vlm, assignment: Assignment, bias_correction: bool, context: Context
+) -> dict[str, float]:
+    """Quantize in place; returns what the weights take before and after, and the samples seen.
+
+    Raises PassError where a scheme needs calibration samples and there are none.
+    """
+    job = Job(model, assignment, bias_correction, context)
+    model.spec = replace(model.spec, schemes=dict(assignment.schemes))
+    if model.spec.has_prefill:
+        model.split_phases()
+    shapes = {site: job.linear(site).weight.shape for site in assignment.schemes}
+    with context.progress.stage("quantize", job.num_units) as advance:
+        for _ in job.units():
+            advance(1)
+    model.tie()
+    return {
+        "mib_float32": sum(4 * shape.numel() for shape in shapes.values()) / 2**20,
+        "mib_quantized": sum(
+            assignment.schemes[site].weights.nbytes(*shape) for site, shape in shapes.items()
+        )
+        / 2**20,
+        "samples": float(len(job.cases)),
+        **job.measures,
+    }
+
+
+class Job:
+    """One model being quantized."""
+
+    def __init__(
+        self, model: Vlm, assignment: Assignment, bias_correction: bool, context: Context
+    ) -> None:
+        """Draw the calibration samples, where any site needs them."""
+        self.model, self.assignment = model, assignment
+        self.work = context.work
+        self.measures: dict[str, float] = {}
+        self._wanted = {
+            site: wanted_of(scheme, assignment.options[site], bias_correction)
+            for site, scheme in assignment.schemes.items()
+        }
+        sites = linear_sites(model.spec)
+        self._readers = {
+            site: site.replace(name, sites[name].reader, 1)
+            for site in assignment.schemes
+            for name in [site.replace("prefill.", "decoder.", 1)]
+        }
+        self.cases: Sequence[CalibrationCase] = ()
+        calibrated = [site for site, wanted in self._wanted.items() if wanted]
+        if calibrated:
+            self.cases = context.calibration() if context.calibration is not None else ()
+            if not self.cases:
+                raise PassError(
+                    "it is calibrated, and there are no calibration samples",
+                    name="quantize",
+                    site=calibrated[0],
+                    hint="name a folder in calibration.data, or leave it out for the picture world",
+                )
+
+    @property
+    def num_units(self) -> int:
+        """How many units there are."""
+        return len({_unit_of(site) for site in self.assignment.schemes})
+
+    def units(self) -> Iterator[str]:
+        """Quantize unit by unit."""
+        yield from self._vision()
+        features = encode_features(self.model, self.cases) if self._calibrates("projector") else []
+        run = None if not features else lambda: project_features(self.model, features)
+        yield from self._unit("projector", run)
+        needs_rows = self._calibrates("decoder") or self._calibrates("prefill")
+        visual: list[Tensor | None] = []
+        if needs_rows:
+            features = features or encode_features(self.model, self.cases)
+            visual = project_features(self.model, features)
+        features = []
+        if self.model.prefill is not None:
+            yield from self._decoder("prefill", self.model.prefill, visual)
+        yield from self._decoder("decoder", self.model.decoder, visual)
+
+    def linear(self, site: str) -> nn.Linear:
+        """The float map at a site."""
+        linear = self.model.get_submodule(site)
+        assert isinstance(linear, nn.Linear), site
+        return linear
+
+    def _vision(self) -> Iterator[str]:
+        model = self.model
+        calibrates = self._calibrates("vision")
+        run: Run | None = (lambda: embed_pictures(model, self.cases)) if calibrates else None
+        yield from self._unit("vision.embed", run)
+        calls = vision_calls(model, self.cases) if calibrates else None
+        yield from self._layers("vision", model.vision.layers, calls)
+
+    def _decoder(
+        self, name: str, decoder: Decoder, visual: Sequence[Tensor | None]
+    ) -> Iterator[str]:
+        calls = None
+        if self._calibrates(name):
+            calls = decoder_calls(
+                self.model, decoder, self.cases, visual, answers=name == "decoder"
+            )
+        yield from self._layers(name, decoder.layers, calls)
+        if name == "decoder":
+            states = calls.states if calls is not None else []
+            run: Run | None = None
+            if states:
+                run = lambda: [decoder.head(decoder.norm(state)) for state in states]  # noqa: E731
+            yield from self._unit("decoder.head", run)
+
+    def _layers(self, name: str, layers: nn.ModuleList, calls: LayerCalls | None) -> Iterator[str]:
+        for index, layer in enumerate(layers):
+            run: Run | None = None
+            if calls is not None:
+                run = lambda layer=layer: list(calls.run(layer))  # noqa: E731
+            yield from self._unit(f"{name}.layers.{index}", run)
+            if calls is not None:
+                calls.advance(layer)
+
+    def _unit(self, name: str, run: Run | None) -> Iterator[str]:
+        """Quantize the maps of a unit, or put in place what an interrupted run made of them."""
+        sites = [site for site in self.assignment.schemes if _unit_of(site) == name]
+        if not sites:
+            return
+        kept = None if self.work is None else self.work / f"{name}.safetensors"
+        if kept is not None and kept.exists():
+            self._restore(sites, kept)
+        else:
+            statistics = self._statistics(sites, run)
+            made = {
+                site: quantized_linear(
+                    self.linear(site),
+                    self.assignment.schemes[site],
+                    self.assignment.options[site],
+                    statistics.get(self._readers[site]),
+                    site=site,
+                )
+                for site in sites
+            }
+            for site, module in made.items():
+                self.model.set_submodule(site, module)
+            if kept is not None:
+                _keep(made, kept)
+        yield name
+
+    def _statistics(self, sites: Sequence[str], run: Run | None) -> dict[str, Statistics]:
+        """What the sites' inputs are like, by what they read."""
+        wanted: dict[str, Wanted] = {}
+        first: dict[str, str] = {}
+        for site in sites:
+            reader = self._readers[site]
+            wanted[reader] = wanted.get(reader, Wanted()) | self._wanted[site]
+            first.setdefault(reader, site)
+        gathered = {
+            reader: Statistics(first[reader], self.linear(first[reader]).in_features, what)
+            for reader, what in wanted.items()
+            if what
+        }
+        if not gathered:
+            return {}
+        assert run is not None, f"{sites[0]} is calibrated"
+        handles = [
+            self.linear(first[reader]).register_forward_pre_hook(
+                lambda _module, inputs, seen=seen: seen.update(inputs[0])
+            )
+            for reader, seen in gathered.items()
+        ]
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return gathered
+
+    def _restore(self, sites: Sequence[str], kept: Path) -> None:
+        tensors = load_file(kept)
+        for site in sites:
+            linear = self.linear(site)
+            rows, columns = linear.weight.shape
+            module = QuantLinear(
+                rows, columns, linear.bias is not None, self.assignment.schemes[site]
+            )
+            for name in [name for name, _ in module.named_parameters()]:
+                place(module, name, tensors[f"{site}/{name}"])
+            self.model.set_submodule(site, module)
+
+    def _calibrates(self, name: str) -> bool:
+        """Whether any site of a part looks at samples."""
+        return any(wanted for site, wanted in self._wanted.items() if site.split(".")[0] == name)
+
+
+def _unit_of(site: str) -> str:
+    """The layer, the projector or the head that a site is in."""
+    parts = site.split(".")
+    if parts[0] == "projector":
+        return parts[0]
+    return ".".join(parts[:3] if parts[1] == "layers" else parts[:2])
+
+
+def _keep(made: dict[str, QuantLinear], path: Path) -> None:
+    """Write the tensors of a finished unit, whole or not at all."""
+    tensors = {
+        f"{site}/{name}": weight.detach().contiguous()
+        for site, module in made.items()
+        for name, weight in module.named_parameters()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    part.rename(path)

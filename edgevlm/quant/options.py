@@ -1,0 +1,102 @@
+"""What a recipe says of quantization: a scheme for a component, a phase or a site.
+
+vision: w8a8                                     a name, or
+decoder: {scheme: w4a16, group_size: 32, method: gptq}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from edgevlm.document import Complaint, Options
+
+__all__ = ["CalibrationOptions", "SchemeOptions", "SiteOptions"]
+
+SchemeName = Literal["w4a16", "w4a8", "w8a16", "w8a8", "w16a16", "fp8"]
+Method = Literal["rtn", "gptq", "awq", "hqq"]
+
+
+class SchemeOptions(Options):
+    """A scheme and how its numbers are found; absent: the device and the targets decide."""
+
+    scheme: SchemeName
+    group_size: int | None = Field(
+        None, ge=8, le=1024, description="Weights of a row that share a scale; absent: see device."
+    )
+    per_channel: bool = Field(False, description="A whole row shares a scale.")
+    symmetric: bool = Field(True, description="Weights without zero points.")
+    activations: Literal["token", "tensor", "block", "static"] | None = Field(
+        None,
+        description="What shares a scale: a row of a call, the call, a block of a row, or "
+        "everything, by a constant from calibration.",
+    )
+    method: Method = Field("rtn", description="How weights are rounded.")
+    ranges: Literal["minmax", "percentile", "mse"] = Field(
+        "minmax", description="How the ranges of weights and static activations are found."
+    )
+    instead: Literal["w4a8"] | None = Field(
+        None,
+        description="For w4a16: take the kernel that rounds activations to int8 block by block, "
+        "which is faster; reported as degraded.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, data: object) -> object:
+        return {"scheme": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> SchemeOptions:
+        if self.per_channel and self.group_size is not None:
+            raise Complaint(
+                f"group_size {self.group_size} and per_channel exclude each other",
+                hint="remove one of them",
+                key="per_channel",
+            )
+        if self.instead is not None and self.scheme != "w4a16":
+            raise Complaint(
+                f"instead: {self.instead} is for w4a16, not for {self.scheme}",
+                hint="remove instead",
+                key="instead",
+            )
+        if self.activations is not None and not self.scheme.endswith(("a8", "fp8")):
+            raise Complaint(
+                f"{self.scheme} rounds activations to 16 bits or not at all: activations "
+                f"{self.activations!r} has no meaning",
+                hint="remove activations",
+                key="activations",
+            )
+        return self
+
+
+class SiteOptions(Options):
+    """What holds for the sites that match, whatever their component says: a scheme, or none."""
+
+    match: str = Field(min_length=1, description="A site, or a pattern: decoder.layers.0.*")
+    scheme: SchemeOptions | None = None
+    skip: str | None = Field(None, min_length=1, description="Leave them in float, because ...")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_mapping(cls, data: object) -> object:
+        if isinstance(data, Mapping) and ("scheme" in data) == ("skip" in data):
+            raise Complaint(
+                "a site rule has either a scheme or skip", hint="write skip: REASON, or a scheme"
+            )
+        return data
+
+
+class CalibrationOptions(Options):
+    """Samples that ranges and rounding are found on."""
+
+    data: str | None = Field(
+        None,
+        min_length=1,
+        description="A folder with samples.jsonl, relative to the recipe; absent: the built-in "
+        "picture world.",
+    )
+    samples: int = Field(64, ge=1, le=10_000)
+    seed: int = Field(1, ge=0, lt=2**32)

@@ -1,0 +1,98 @@
+"""One linear map, rounded: the scheme's integers by the recipe's method, and its static ranges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgevlm.errors import PassError
+from edgevlm.model.quantized import QuantLinear
+from edgevlm.quant.affine import Float8Tensor, QuantTensor, float8_scales, quantize, to_float8
+from edgevlm.quant.options import SchemeOptions
+from edgevlm.quant.ranges import affine_of, weight_scales
+from edgevlm.quant.spec import DTYPE_BITS, ActivationQuant, Scheme
+from edgevlm.quant.statistics import Statistics
+
+__all__ = ["quantized_linear"]
+
+
+def quantized_linear(
+    linear: nn.Linear,
+    scheme: Scheme,
+    options: SchemeOptions,
+    statistics: Statistics | None,
+    *,
+    site: str,
+) -> QuantLinear:
+    """A quantized map in the place of a float one.
+
+    Raises PassError where the weights hold NaN or infinity, or the samples never reached the site.
+    """
+    weight = linear.weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise PassError(
+            "its weights hold NaN or infinity",
+            name="quantize",
+            site=site,
+            hint="check the checkpoint, and the passes before this one",
+        )
+    rows, columns = weight.shape
+    module = QuantLinear(rows, columns, linear.bias is not None, scheme)
+    rounded = _rounded(weight, scheme, options, statistics)
+    _set(module, "weight", rounded.values)
+    _set(module, "scale", rounded.scale)
+    if isinstance(rounded, QuantTensor) and rounded.zero is not None:
+        _set(module, "zero", rounded.zero)
+    if linear.bias is not None:
+        bias = linear.bias.detach().clone()
+        mean = None if statistics is None else statistics.mean
+        if mean is not None:
+            bias += (weight - rounded.dequantize()) @ mean
+        _set(module, "bias", bias)
+    activations = scheme.activations
+    if activations is not None and activations.is_static:
+        assert statistics is not None
+        assert statistics.range is not None
+        scale, zero = _constants(statistics, activations, options, site)
+        _set(module, "x_scale", torch.tensor(scale, dtype=torch.float32))
+        _set(module, "x_zero", torch.tensor(zero, dtype=torch.int32))
+    return module
+
+
+def _rounded(
+    weight: Tensor, scheme: Scheme, options: SchemeOptions, statistics: Statistics | None
+) -> QuantTensor | Float8Tensor:
+    weights = scheme.weights
+    if weights.dtype.startswith("float8"):
+        dtype = getattr(torch, weights.dtype)
+        return to_float8(weight, float8_scales(weight, dtype), dtype=dtype)
+    scale, zero = weight_scales(
+        weight,
+        bits=weights.bits,
+        group_size=weights.group_size,
+        symmetric=weights.symmetric,
+        method=options.ranges,
+    )
+    return quantize(weight, scale, zero, bits=weights.bits, group_size=weights.group_size)
+
+
+def _constants(
+    statistics: Statistics, activations: ActivationQuant, options: SchemeOptions, site: str
+) -> tuple[float, int]:
+    """The scale and zero point of static activations."""
+    assert statistics.range is not None
+    seen = statistics.range
+    if options.ranges == "percentile":
+        low, high = seen.percentile()
+    elif options.ranges == "mse":
+        low, high = seen.mse(bits=DTYPE_BITS[activations.dtype], symmetric=False)
+    else:
+        low, high = seen.minmax()
+    if activations.dtype.startswith("float8"):
+        largest = max(abs(low), abs(high), torch.finfo(torch.float32).tiny)
+        return largest / torch.finfo(getattr(torch, activations.dtype)).max, 0
+    return affine_of(low, high, bits=DTYPE_BITS[activations.dtype], symmetric=False)
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    setattr(module, name, nn.Parameter(value.contiguous(), requires_grad=False))

@@ -1,0 +1,75 @@
+"""What the input of a linear map is like over the calibration samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgevlm.quant.gptq import Hessian
+from edgevlm.quant.options import SchemeOptions
+from edgevlm.quant.ranges import ActivationRange
+from edgevlm.quant.spec import Scheme
+
+__all__ = ["Statistics", "Wanted", "wanted_of"]
+
+METHODS_ON_PRODUCTS = frozenset({"gptq", "awq"})
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which statistics a site needs: ranges, products of columns, means."""
+
+    ranges: bool = False
+    products: bool = False
+    means: bool = False
+
+    def __or__(self, other: Wanted) -> Wanted:
+        """What either needs."""
+        return Wanted(
+            self.ranges or other.ranges,
+            self.products or other.products,
+            self.means or other.means,
+        )
+
+    def __bool__(self) -> bool:
+        """Whether anything is needed."""
+        return self.ranges or self.products or self.means
+
+
+def wanted_of(scheme: Scheme, options: SchemeOptions, bias_correction: bool) -> Wanted:
+    """What a scheme needs to know of its input."""
+    activations = scheme.activations
+    return Wanted(
+        ranges=activations is not None and activations.is_static,
+        products=options.method in METHODS_ON_PRODUCTS,
+        means=bias_correction,
+    )
+
+
+class Statistics:
+    """Statistics of one input [..., K]; raises PassError at NaN or infinity, naming the site."""
+
+    def __init__(self, site: str, columns: int, wanted: Wanted) -> None:
+        """Start with nothing seen."""
+        self.range = ActivationRange(site) if wanted.ranges else None
+        self.products = Hessian(columns) if wanted.products else None
+        self._sum = torch.zeros(columns, dtype=torch.float64) if wanted.means else None
+        self._count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Look at an input."""
+        rows = x.flatten(0, -2)
+        self._count += len(rows)
+        if self.range is not None:
+            self.range.update(rows)
+        if self.products is not None:
+            self.products.update(rows)
+        if self._sum is not None:
+            self._sum += rows.double().sum(dim=0)
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean input [K], float32."""
+        return None if self._sum is None else (self._sum / max(1, self._count)).float()
