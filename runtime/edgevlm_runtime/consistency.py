@@ -6,7 +6,15 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
 from edgevlm_runtime.errors import BundleError
-from edgevlm_runtime.manifest import GraphSpec, Manifest, StateTensor, TensorSpec, Variant
+from edgevlm_runtime.manifest import (
+    DTYPE_BYTES,
+    GraphSpec,
+    Manifest,
+    StateTensor,
+    TensorSpec,
+    Variant,
+    carrier,
+)
 
 # Kinds of input sources, and what the part after the colon names.
 SOURCES = {
@@ -31,7 +39,6 @@ PHASES = ("prefill", "decode", "verify")
 MASKS = ("causal", "additive")
 # A decoder keeps a position per row, from the start.
 MAX_POSITIONS = 1 << 24
-DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -65,7 +72,7 @@ def _check_variant(place: str, variant: Variant, files: Collection[str]) -> None
         _positive(f"{place}.state[{state_group.name}].capacity", [state_group.capacity])
         for state in state_group.tensors:
             at = f"{place}.state[{state_group.name}].{state.name}"
-            _known(f"{at}.dtype", state.dtype, DTYPES, "dtypes")
+            _known(f"{at}.dtype", state.dtype, DTYPE_BYTES, "dtypes")
             _positive(f"{at}.shape", state.shape)
             if not 0 <= state.axis < len(state.shape):
                 _refuse(f"{at}.axis", f"{state.axis} is not an axis of {len(state.shape)}")
@@ -96,20 +103,36 @@ def _check_graph(at: str, graph: GraphSpec, files: Collection[str]) -> None:
 
 
 def _check_state_of(at: str, graph: GraphSpec, tensors: Sequence[StateTensor]) -> None:
-    """A graph that binds a state takes it in the shape and dtype in which it is allocated."""
+    """A graph that binds a state takes and gives it in the dtype in which it is allocated."""
     by_source = {f"state:{tensor.name}": tensor for tensor in tensors}
+    bound = {spec.name: by_source[spec.source] for spec in graph.inputs if spec.source in by_source}
+    renewed = {tensor.output: tensor for tensor in bound.values() if tensor.kind != "const"}
     for spec in graph.inputs:
-        tensor = by_source.get(spec.source)
+        tensor = bound.get(spec.name)
         if tensor is not None and (tensor.shape, tensor.dtype) != (spec.shape, spec.dtype):
             _refuse(
                 at,
                 f"state {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 f"input {spec.name!r} takes {spec.dtype} {list(spec.shape)}",
             )
+        _check_float8(at, spec, tensor)
+    for spec in graph.outputs:
+        tensor = renewed.get(spec.name)
+        if tensor is not None and tensor.dtype != spec.dtype:
+            _refuse(
+                at, f"state {tensor.name!r} is {tensor.dtype}, output {spec.name!r} is {spec.dtype}"
+            )
+        _check_float8(at, spec, tensor)
+
+
+def _check_float8(at: str, spec: TensorSpec, tensor: StateTensor | None) -> None:
+    """What only engines compute with stays between them."""
+    if tensor is None and carrier(spec.dtype) != spec.dtype:
+        _refuse(at, f"{spec.name!r} is {spec.dtype}, which only state can be")
 
 
 def _check_tensor(at: str, tensor: TensorSpec) -> None:
-    _known(f"{at}.dtype", tensor.dtype, DTYPES, "dtypes")
+    _known(f"{at}.dtype", tensor.dtype, DTYPE_BYTES, "dtypes")
     _positive(f"{at}.shape", [dim for dim in tensor.shape if isinstance(dim, int)])
 
 

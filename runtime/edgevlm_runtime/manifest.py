@@ -23,15 +23,50 @@ Sources of graph inputs
     `state:NAME`         the state tensor of that name
     `output:NAME`        an output of that name of a graph that ran before
     `constant:FILE`      the array in that file of the bundle (.npy)
+
+Dtypes
+    `float64`, `float32`, `float16`, `int64`, `int32`, `int16`, `int8`, `uint8`, `bool` are those of
+    numpy. `float8_e4m3fn` and `float8_e5m2` are only for state: a graph makes them and reads them,
+    the host moves their bytes, and zero is the byte 0. A state of int4 is `uint8`, with two numbers
+    in each byte, whose last dimension is half as long.
+
+Options of the engine `table`
+    A plain table has none: its file is a float array [V, W]. With `bits` (`4` or `8`) and
+    `block_size` (a power of two from 16 on) the file is uint8 [V, B, block_size * bits / 8], B
+    blocks of a row of which the last may be longer than what is left of W, and the one file of
+    `weights` float32 [V, B] their scales. A number is scale * (code - 2^(bits - 1)), and of two
+    codes in a byte the first is the lower half: as com.microsoft::MatMulNBits has it, so that a
+    head can read the same bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 FORMAT_VERSION = 1
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""The dtypes of tensors, with the bytes of a number."""
+
+
+def carrier(dtype: str) -> str:
+    """The numpy dtype that carries a dtype on the host: the bytes of float8, else itself."""
+    return "uint8" if dtype.startswith("float8") else dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +133,11 @@ class StateTensor:
     axis: int = 2
     layer: int | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateGroup:
@@ -106,6 +146,11 @@ class StateGroup:
     name: str
     capacity: int
     tensors: tuple[StateTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

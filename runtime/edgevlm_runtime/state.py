@@ -13,13 +13,13 @@ writes, and how rows are committed and taken back:
     const        nothing                             nothing                  anywhere
 
 Going back to length 0 is always possible. Slots are zero until written: a masked slot must hold
-finite numbers. Rows of padding come last and are never committed.
+finite numbers. Rows of padding come last and are never committed. What a number of a quantized
+cache stands for is the graph's affair: here its bytes are moved, whole rows at a time.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -28,7 +28,7 @@ import numpy as np
 
 from edgevlm_runtime.engine import Array
 from edgevlm_runtime.errors import BundleError, EngineError, ResourceError
-from edgevlm_runtime.manifest import StateGroup, StateTensor
+from edgevlm_runtime.manifest import StateGroup, StateTensor, carrier
 
 # N tensors of a block, T rows of a call, S slots, W slots of a window, K taps of a convolution
 
@@ -317,11 +317,7 @@ def open_blocks(group: StateGroup) -> list[Block]:
 
 def check_memory(groups: Sequence[StateGroup]) -> None:
     """Refuse state that this machine has no memory for, before any of it is allocated."""
-    needed = sum(
-        math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
-        for group in groups
-        for tensor in group.tensors
-    )
+    needed = sum(group.nbytes for group in groups)
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise ResourceError(
@@ -335,7 +331,7 @@ def _zeros(tensors: tuple[StateTensor, ...], length: int | None = None) -> Array
     shape = list(tensors[0].shape)
     if length is not None:
         shape[tensors[0].axis] = length
-    return np.zeros((len(tensors), *shape), tensors[0].dtype)
+    return np.zeros((len(tensors), *shape), carrier(tensors[0].dtype))
 
 
 def _slots(tensors: tuple[StateTensor, ...], slots: slice | Array) -> tuple[slice | Array, ...]:

@@ -183,8 +183,8 @@ def test_text_that_is_not_json(text: str) -> None:
             at(*GRAPH, "inputs", 0, "dtype"),
             "bfloat16",
             "variants.ort.graphs[step].inputs[inputs_embeds].dtype: 'bfloat16' is not one of the "
-            "dtypes ('bool', 'float16', 'float32', 'float64', 'int16', 'int32', 'int64', 'int8', "
-            "'uint8')",
+            "dtypes ('bool', 'float16', 'float32', 'float64', 'float8_e4m3fn', 'float8_e5m2', "
+            "'int16', 'int32', 'int64', 'int8', 'uint8')",
         ),
         (at(*GRAPH, "max_rows"), 0, "variants.ort.graphs[step].rows: 0 is not positive"),
         (

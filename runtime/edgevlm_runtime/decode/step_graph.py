@@ -14,7 +14,7 @@ from edgevlm_runtime.decode.protocol import Step
 from edgevlm_runtime.engine import Array, Engine, Engines
 from edgevlm_runtime.engines.table import read_array
 from edgevlm_runtime.errors import BundleError, EngineError
-from edgevlm_runtime.manifest import GraphSpec, TensorSpec
+from edgevlm_runtime.manifest import GraphSpec, TensorSpec, carrier
 from edgevlm_runtime.rotary import RotaryTable
 
 LOGITS = "logits"
@@ -167,7 +167,7 @@ class BoundStep:
         shape = self._step.sized(tensor.shape, self._num_rows, self._num_logits)
         if state is None:
             return None if shape is None else np.zeros(shape, tensor.dtype)
-        if shape not in (None, state.shape) or tensor.dtype != state.dtype:
+        if shape not in (None, state.shape) or carrier(tensor.dtype) != state.dtype:
             raise BundleError(
                 f"graph {self._step.graph.name!r} gives state {tensor.name!r} as {tensor.dtype} "
                 f"{list(shape or ())}, it is kept as {state.dtype} {list(state.shape)}",

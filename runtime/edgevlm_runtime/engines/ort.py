@@ -25,6 +25,8 @@ _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(double)": "float64",
+    "tensor(float8e4m3fn)": "float8_e4m3fn",
+    "tensor(float8e5m2)": "float8_e5m2",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(int16)": "int16",
@@ -32,6 +34,10 @@ _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+
+
+# Numbers of the types in ONNX, for those that numpy does not have.
+_ONNX_TYPES = {"float8_e4m3fn": 17, "float8_e5m2": 19}
 
 
 class OrtEngine:
@@ -79,16 +85,18 @@ class OrtCall:
         outputs: Mapping[str, Array | None],
     ) -> None:
         """Wrap every array as an OrtValue on the same memory."""
-        wrap = _onnxruntime().OrtValue.ortvalue_from_numpy
         self._binding = session.io_binding()
         self._run: Callable[[], None] = functools.partial(session.run_with_iobinding, self._binding)
         self._graph = graph
         self._bound = {name: array for name, array in outputs.items() if array is not None}
         self._made = [name for name, array in outputs.items() if array is None]
         self._order = list(outputs)
-        # The values hold the arrays; one value per array, so that in place is seen as in place.
+        # One value per array, so that in place is seen as in place. Not every one holds its array.
+        self._held = (*inputs.values(), *self._bound.values())
+        dtypes = {spec.name: spec.dtype for spec in (*graph.inputs, *graph.outputs)}
         self._values = {
-            id(array): wrap(array) for array in (*inputs.values(), *self._bound.values())
+            id(array): _ort_value(array, dtypes[name])
+            for name, array in (*inputs.items(), *self._bound.items())
         }
         for name, array in inputs.items():
             self._binding.bind_ortvalue_input(name, self._values[id(array)])
@@ -109,6 +117,14 @@ class OrtCall:
         values = self._binding.get_outputs()
         made = {name: values[self._order.index(name)].numpy() for name in self._made}
         return {**self._bound, **made}
+
+
+def _ort_value(array: Array, dtype: str) -> Any:
+    """An OrtValue on the memory of an array, whose bytes may be of a type that numpy lacks."""
+    wrap = _onnxruntime().OrtValue
+    if dtype in _ONNX_TYPES:
+        return wrap.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[dtype])
+    return wrap.ortvalue_from_numpy(array)
 
 
 def _check_weights(bundle: Bundle, graph: GraphSpec) -> None:
