@@ -204,7 +204,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte))
     shifts = torch.arange(0, 8, bits, dtype=codes.dtype, device=codes.device)
-    return (padded.unflatten(1, (-1, per_byte)) << shifts).sum(dim=2).to(torch.uint8)
+    packed: Tensor = (padded.unflatten(1, (-1, per_byte)) << shifts).sum(dim=2)
+    return packed.to(torch.uint8)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
