@@ -48,7 +48,7 @@ def bundle_document(bundle: Bundle) -> dict[str, Any]:
                         "name": group.name,
                         "capacity": group.capacity,
                         "tensors": len(group.tensors),
-                        "bytes": group_bytes(group.tensors),
+                        "bytes": group.nbytes,
                     }
                     for group in variant.state
                 ],
@@ -130,7 +130,7 @@ def _show_variant(title: str, variant: Variant, out: Console) -> None:
     for group in variant.state:
         out.print(
             f"state {group.name}: {len(group.tensors)} tensors, {group.capacity} slots, "
-            f"{mebibytes(group_bytes(group.tensors))}"
+            f"{mebibytes(group.nbytes)}"
         )
 
 
@@ -197,10 +197,3 @@ def _climbed(
 
 def _error(agreement: Mapping[str, float] | None) -> str:
     return "" if agreement is None else f"{agreement['relative_error']:.0e}"
-
-
-def group_bytes(tensors: Any) -> int:
-    """Bytes of the tensors of a state group."""
-    import numpy as np
-
-    return sum(int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
