@@ -2,7 +2,8 @@
 
 It knows nothing of how the graph came to be. It reads the file, has ONNX Runtime load it with the
 options of the manifest, and reads what that made of it: its optimized graph and a profile. An op of
-the one is an op of the other if it has the same name, or writes the same value; nothing is guessed.
+the one is an op of the other if it has the same name, or writes the same value, and an op that lost
+its name has no time: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from edgevlm.audit.judge import NOT_REALISED, as_judged, judge, judge_unasked
+from edgevlm.audit.judge import as_judged, judge, judge_unasked
 from edgevlm.audit.observe import Feeds, KernelTime, RefusalError, observe, session_options
 from edgevlm.audit.precision import Precision
 from edgevlm.audit.probe import Kernels
-from edgevlm.audit.report import Gone, GraphAudit, OpAudit
+from edgevlm.audit.report import NOT_REALISED, Gone, GraphAudit, OpAudit
 from edgevlm.audit.rules import realise
 from edgevlm.audit.weights import is_product, weights_of
 from edgevlm_runtime.manifest import GraphSpec
@@ -42,7 +43,7 @@ def audit_graph(
     of floats. Outputs `in_place` are written over the inputs of these names, as the runtime does.
     A graph that the engine refuses is reported, not raised.
     """
-    engine = f"{graph.engine.kind} {ort.__version__}"
+    engine = f"onnxruntime {ort.__version__}"
     written = ir.load(path)
     try:
         with observe(path, graph, feeds, in_place=in_place or {}, runs=runs) as seen:
@@ -90,14 +91,20 @@ class _Pairs:
 
     @classmethod
     def of(cls, written: ir.Graph, loaded: ir.Graph) -> _Pairs:
-        """Pair nodes by name, and what is left by the values that they write."""
-        by_name = {node.name: node for node in written}
-        by_value = {output.name: node for node in written for output in node.outputs}
-        pairs = {node: by_name[node.name] for node in loaded if node.name in by_name}
+        """Pair nodes by name, by a name with more behind it, then by the values they write."""
+        by_name = {str(node.name): node for node in written if node.name}
+        by_value = {str(output.name): node for node in written for output in node.outputs}
+        pairs = {node: by_name[str(node.name)] for node in loaded if node.name in by_name}
         taken = set(pairs.values())
         for node in loaded:
-            found = by_value.get(node.outputs[0].name)
-            if node not in pairs and found is not None and found not in taken:
+            if node in pairs:
+                continue
+            # ONNX Runtime names a fused op after one of its ops: "site/matmul/Fusion/".
+            name = str(node.name).rstrip("/").rpartition("/")[0]
+            found = by_name.get(name)
+            if found is None or found in taken:
+                found = by_value.get(str(node.outputs[0].name))
+            if found is not None and found not in taken:
                 pairs[node] = found
                 taken.add(found)
         values = {str(output.name): output for node in loaded for output in node.outputs}

@@ -17,22 +17,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgevlm.audit.precision import Precision, at_least_as_fine, bits, can_repeat
+from edgevlm.audit.report import AS_ASKED, COARSER, FINER, NOT_ASKED, NOT_REALISED
 from edgevlm.audit.rules import Realised
 from edgevlm.audit.weights import Weights
 
-__all__ = [
-    "AS_ASKED",
-    "COARSER",
-    "FINER",
-    "NOT_ASKED",
-    "NOT_REALISED",
-    "as_judged",
-    "judge",
-    "judge_unasked",
-]
-
-AS_ASKED, FINER, COARSER = "as asked", "finer", "coarser"
-NOT_REALISED, NOT_ASKED = "not realised", "not asked"
+__all__ = ["as_judged", "judge", "judge_unasked"]
 
 _RANKED = (AS_ASKED, FINER, COARSER, NOT_REALISED)
 _FLOATS = frozenset(("", "float32", "float16", "bfloat16"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,9 @@ _FLOAT_BYTES = 4
 _SILENT = 4  # what goes wrong is in the report
 _WEIGHT_FOLDER = "session.model_external_initializers_file_folder_path"
 _NEW_WEIGHTS = "session.optimized_model_external_initializers_file_name"
+_PREFIX = re.compile(
+    r"^(graph '.*' cannot be run: )?(Error in execution: )?(\[ONNXRuntimeError\] : \d+ : \w+ : )?"
+)
 _KERNEL = "_kernel_time"  # what events of kernels are named, behind the name of the node
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -173,6 +177,5 @@ def _bytes_of_new_constants(model: ir.Model) -> int:
 
 
 def _clause(error: Exception) -> str:
-    """The first line of what ONNX Runtime says, without its number."""
-    line = str(error).splitlines()[0]
-    return line.rpartition("[ONNXRuntimeError] : ")[2].rstrip(". ")
+    """The first line of what ONNX Runtime says, without its numbers."""
+    return _PREFIX.sub("", str(error).splitlines()[0]).rstrip(". ")

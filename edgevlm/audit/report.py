@@ -7,12 +7,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgevlm.audit.judge import AS_ASKED, NOT_ASKED
 from edgevlm.audit.precision import Precision
 from edgevlm.errors import EvidenceError
 from edgevlm_runtime import structure
 
-__all__ = ["Gone", "GraphAudit", "OpAudit", "Share", "require_as_asked"]
+__all__ = [
+    "AS_ASKED",
+    "COARSER",
+    "FINER",
+    "NOT_ASKED",
+    "NOT_REALISED",
+    "Gone",
+    "GraphAudit",
+    "OpAudit",
+    "Share",
+    "require_as_asked",
+]
+
+AS_ASKED, FINER, COARSER = "as asked", "finer", "coarser"
+NOT_REALISED, NOT_ASKED = "not realised", "not asked"
+"""Outcomes (`edgevlm.audit.judge` says when which)."""
 
 _ROUNDS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 

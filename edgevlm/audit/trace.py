@@ -251,6 +251,7 @@ def _is_size_of(value: ir.Value | None, rounded: ir.Value | None) -> bool:
 
 
 def _reduced_axes(node: ir.Node) -> str:
+    """`token` where the last axis alone is reduced; without shapes only -1 is known to be it."""
     axes = constant(source(node, 1))
     given = node.attributes.get("axes")
     if axes is not None:
@@ -258,6 +259,9 @@ def _reduced_axes(node: ir.Node) -> str:
     else:
         found = [] if given is None else list(given.as_ints())
     value = node.inputs[0]
+    while value is not None and value.shape is None:
+        maker = value.producer()
+        value = maker.inputs[0] if maker is not None and maker.op_type in _SIZES else None
     last = [-1] if value is None or value.shape is None else [-1, len(value.shape) - 1]
     return "token" if len(found) == 1 and found[0] in last else "tensor"
 

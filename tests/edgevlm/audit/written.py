@@ -107,9 +107,9 @@ class Written:
         self.node("Mul", [product, steps], site)
         return self
 
-    def dynamic(self, site: str) -> Written:
+    def dynamic(self, site: str, *, most: int = 127) -> Written:
         """Int8 products with one scale for all rows of a call."""
-        inputs = [self.value, *self.channels(site)]
+        inputs = [self.value, *self.channels(site, most=most)]
         self.node("DynamicQuantizeMatMul", inputs, site, MICROSOFT)
         return self
 

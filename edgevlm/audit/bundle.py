@@ -1,0 +1,34 @@
+"""The audit of one graph of a bundle: what its model asks of it, held against what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgevlm.audit.asked import asked_of, precision_of
+from edgevlm.audit.audit import audit_graph
+from edgevlm.audit.feeds import example_feeds, written_in_place
+from edgevlm.audit.report import GraphAudit
+from edgevlm.audit.table import audit_table
+from edgevlm.model.spec import VlmSpec
+from edgevlm_export.targets import TARGETS
+from edgevlm_runtime.manifest import GraphSpec, Variant
+
+__all__ = ["audit_of"]
+
+
+def audit_of(spec: VlmSpec, variant: Variant, graph: GraphSpec, folder: Path) -> GraphAudit:
+    """Audit a graph in the folder of its bundle; a form of fixed shapes is emulated here."""
+    if graph.role == "embedding":
+        table = spec.table
+        asked = {} if table is None else {graph.name: precision_of(table, emulated=False)}
+        return audit_table(folder, graph, asked)
+    (group,) = variant.state
+    renewed = {tensor.output: tensor.name for tensor in group.tensors}
+    is_inplace = group.tensors[0].kind == "kv_inplace"
+    return audit_graph(
+        folder / graph.file,
+        graph,
+        example_feeds(graph, group.capacity),
+        asked_of(spec, graph, emulated=bool(TARGETS[variant.target].form.rows)),
+        in_place=written_in_place(graph, renewed) if is_inplace else None,
+    )
