@@ -29,7 +29,7 @@ from edgevlm_runtime.manifest import GraphSpec
 
 __all__ = ["KernelTime", "Observation", "RefusalError", "observe", "session_options"]
 
-EMBEDDED_BYTES = 1 << 30
+EMBEDDED_BYTES = 1 << 26
 """Of more constants than this that it makes itself, ONNX Runtime writes a file of their own.
 
 That is a copy of all weights, and a file of protobuf messages ends at 2 GiB.

@@ -149,6 +149,8 @@ class GraphAudit:
 def require_as_asked(audits: Iterable[GraphAudit]) -> None:
     """Raise EvidenceError where an op is not as asked, were it finer: what `strict: true` means."""
     for audit in audits:
+        if audit.refused:
+            raise EvidenceError(f"graph {audit.graph!r}: {audit.refused}", rung="audit")
         differences = audit.differences
         if differences:
             first = differences[0]

@@ -41,6 +41,7 @@ _MOVES = op_names(
 )
 _ATTENTIONS = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention"})
 _MOST_UP, _MOST_DOWN = 32767 // 255, -(32768 // 255)  # sums of two weights times 255 in 16 bits
+_AT_ONCE = 4096  # outputs whose weights are looked at together
 _INT8_LEVEL = 4  # accuracy level that asks MatMulNBits for activations of int8
 
 
@@ -150,10 +151,14 @@ def _saturating(weights: Weights | None) -> str:
     if weights.rows == 0:
         table = table.reshape(len(table), -1).T
     even = table.shape[-2] // 2 * 2
-    first, second = (table[..., start:even:2, :].astype(np.int16) for start in (0, 1))
-    up = np.maximum(first, 0) + np.maximum(second, 0)
-    down = np.minimum(first, 0) + np.minimum(second, 0)
-    count = int(np.count_nonzero((up > _MOST_UP) | (down < _MOST_DOWN)))
+    first, second = (table[..., start:even:2, :] for start in (0, 1))
+    count = 0
+    for start in range(0, table.shape[-1], _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        pair = [half[..., part].astype(np.int16) for half in (first, second)]
+        up = sum(np.maximum(half, 0) for half in pair)
+        down = sum(np.minimum(half, 0) for half in pair)
+        count += int(np.count_nonzero((up > _MOST_UP) | (down < _MOST_DOWN)))
     if not count:
         return ""
     return (

@@ -134,3 +134,10 @@ def test_strict_names_the_first_difference() -> None:
         "graph 'step': 'b' is finer: because, and 1 more\n"
         "  hint: ask for what the engine does, or leave out `strict: true`"
     )
+
+
+def test_strict_refuses_what_the_engine_refuses() -> None:
+    audit = replace(AUDIT, rows=(), refused="onnxruntime 1.2.3 refuses the graph: no such op")
+    with pytest.raises(EvidenceError) as found:
+        require_as_asked([audit])
+    assert str(found.value) == "graph 'step': onnxruntime 1.2.3 refuses the graph: no such op"
