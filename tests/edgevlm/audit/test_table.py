@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,9 @@ def test_quantized_rows(tmp_path: Path) -> None:
     audit = audit_table(tmp_path, spec(4), {"embedding": INT4})
     assert [(row.outcome, row.cause) for row in audit.rows] == [(AS_ASKED, "")]
     assert audit.weight_bytes == 10 * 64 // 2 + 10 * 4 * 4
+    # A scheme speaks of activations too: rows that are looked up have none.
+    asked = {"embedding": replace(INT4, activations="float32")}
+    assert audit_table(tmp_path, spec(4), asked).differences == ()
 
     np.save(tmp_path / "scales.npy", np.repeat(scales[:, :1], 4, axis=1))
     (row,) = audit_table(tmp_path, spec(4), {"embedding": INT4}).rows
