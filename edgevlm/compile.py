@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from edgevlm.audit.bundle import audit_of
+from edgevlm.audit.report import GraphAudit, require_as_asked
 from edgevlm.cache import StageCache, code_version, default_root, digest
 from edgevlm.checkpoint import load, open_checkpoint
 from edgevlm.decisions import refuse
@@ -29,12 +31,15 @@ from edgevlm.evidence.exam import Exam, prepare_exam
 from edgevlm.evidence.gates import limits
 from edgevlm.evidence.gather import Form, Subject, graph_evidence, model_evidence
 from edgevlm.evidence.ladder import Climb
+from edgevlm.evidence.sites import site_evidence
+from edgevlm.evidence.witness import Witness
 from edgevlm.families.text_spec import tokenizer_json
 from edgevlm.graphs import manifest_variant, write_graphs
 from edgevlm.model.vlm import Vlm
 from edgevlm.passes.base import Applied, Context
+from edgevlm.passes.quantize import Quantize
 from edgevlm.passes.stages import chain, run_stages
-from edgevlm.plan import Plan, image_choices, make_plan, recipe_device
+from edgevlm.plan import Plan, VariantPlan, image_choices, make_plan, recipe_device
 from edgevlm.progress import Progress, Silent
 from edgevlm.publish import publishing
 from edgevlm.quant.calibrate import CalibrationCase, calibration_cases
@@ -135,11 +140,55 @@ class Job:
         files_key = digest(self.graphs_key, files)
         for variant in self.plan.variants:
             rungs += graph_evidence(subject, climb, below, variant, staging, files_key)
-        evidence = {
+        evidence: dict[str, Any] = {
             "samples": self._samples_note(climb.exam),
             "rungs": [r.to_json() for r in rungs],
         }
-        write_manifest(staging, self._manifest(files, {**provenance, "evidence": evidence}))
+        if self.plan.spec.schemes:
+            key = digest([form.key for form in subject.forms], climb.exam.digest)
+            evidence["sites"] = self.cache.json(
+                "sites", key, lambda: self._site_evidence(climb.exam, below.float_answers)
+            )
+        audits = {
+            variant.target: self._audits(variant, staging, files_key)
+            for variant in self.plan.variants
+        }
+        provenance |= {"evidence": evidence, "audit": audits}
+        write_manifest(staging, self._manifest(files, provenance))
+
+    def _site_evidence(self, exam: Exam, reference: Sequence[Witness]) -> dict[str, Any]:
+        """The noise and the harm of every quantized site; holds the model twice, before and after.
+
+        The float one is ours after its lossless passes.
+        """
+        quantized = self.model()
+        self._passed = None
+        float_model = self.model(self._forms()[0].count)
+        found = site_evidence(float_model, quantized, exam, reference, self.progress)
+        del float_model, quantized
+        self.release()
+        return found
+
+    def _audits(self, variant: VariantPlan, staging: Path, files_key: str) -> list[dict[str, Any]]:
+        """What ran of each graph; raises EvidenceError where a recipe is strict and it differs."""
+        steps = [step for step in self.recipe.passes if isinstance(step, Quantize)]
+        if not steps:
+            return []
+        made = manifest_variant(self.plan, variant)
+        key = digest(files_key, variant.target)
+
+        def audit() -> dict[str, Any]:
+            audits = []
+            with self.progress.stage(f"audit: {variant.target}", len(made.graphs)) as advance:
+                for graph in made.graphs:
+                    audits.append(audit_of(self.plan.spec, made, graph, staging).to_json())
+                    advance(1)
+            return {"graphs": audits}
+
+        found: list[dict[str, Any]] = self.cache.json("audit", key, audit)["graphs"]
+        if any(step.strict for step in steps):
+            require_as_asked(GraphAudit.from_json(data) for data in found)
+        return found
 
     def _write_files(self, graphs: Path, staging: Path) -> dict[str, FileEntry]:
         """Put everything but the manifest into the bundle; return what was written."""

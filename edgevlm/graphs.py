@@ -7,20 +7,26 @@ matrices. A graph is captured once for each form and lowered to each target of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from edgevlm.model.graphs import ModelGraph, delta_step, inplace_step, vision_graph
 from edgevlm.model.vlm import Vlm
 from edgevlm.plan import Plan, PlannedGraph, VariantPlan
 from edgevlm.progress import Progress
+from edgevlm.sizes import shares_table
 from edgevlm_export.capture import capture
 from edgevlm_export.lower import lower
+from edgevlm_export.ops.packing import blocked, pack_bits
 from edgevlm_export.targets import TARGETS
 from edgevlm_export.write import WeightFile, write
 from edgevlm_runtime.manifest import EngineSpec, GraphSpec, TensorSpec, Variant
 
 WEIGHTS = "weights.bin"
 EMBEDDING = "embedding.npy"
+SCALES = "embedding.scales.npy"
 
 
 def write_graphs(model: Vlm, plan: Plan, folder: Path, progress: Progress) -> None:
@@ -30,8 +36,8 @@ def write_graphs(model: Vlm, plan: Plan, folder: Path, progress: Progress) -> No
         progress.stage("graphs", total) as advance,
         WeightFile(folder / WEIGHTS) as weights,
     ):
-        table = model.embedding.get_parameter("weight")
-        weights.write_table(table.detach().numpy(), folder / EMBEDDING)
+        for name, table in _tables(model):
+            weights.write_table(table, folder / name)
         for variant in plan.variants:
             target = TARGETS[variant.target]
             for planned in variant.graphs:
@@ -39,6 +45,18 @@ def write_graphs(model: Vlm, plan: Plan, folder: Path, progress: Progress) -> No
                 lowered = lower(capture(made.module, made.plan), target)
                 write(lowered, folder / graph_file(variant, planned), weights)
                 advance(1)
+
+
+def _tables(model: Vlm) -> Iterator[tuple[str, np.ndarray]]:
+    """The files of the embedding: rows, or codes and scales laid out as a head has them."""
+    weight = model.embedding.get_parameter("weight").detach().numpy()
+    scheme = model.spec.table
+    if scheme is None:
+        yield EMBEDDING, weight
+        return
+    weights = scheme.weights
+    yield EMBEDDING, pack_bits(blocked(weight, weights.group_size), weights.bits)
+    yield SCALES, model.embedding.get_parameter("scale").detach().numpy()
 
 
 def module_of(model: Vlm, variant: VariantPlan, planned: PlannedGraph) -> ModelGraph:
@@ -93,17 +111,23 @@ def manifest_variant(plan: Plan, variant: VariantPlan) -> Variant:
 
 def _weights(plan: Plan, planned: PlannedGraph) -> tuple[str, ...]:
     """The files that hold a graph's tensors: a tied head lies in the embedding table."""
-    shares_table = planned.role == "step" and plan.spec.decoder.tied
-    return (WEIGHTS, EMBEDDING) if shares_table else (WEIGHTS,)
+    if planned.role != "step" or not shares_table(plan.spec, planned.form):
+        return (WEIGHTS,)
+    return (WEIGHTS, EMBEDDING) if plan.spec.table is None else (WEIGHTS, EMBEDDING, SCALES)
 
 
 def _embedding(plan: Plan) -> GraphSpec:
-    decoder = plan.spec.decoder
+    decoder, table = plan.spec.decoder, plan.spec.table
+    options = {}
+    if table is not None:
+        bits, size = table.weights.bits, table.weights.group_size
+        options = {"bits": str(bits), "block_size": str(size)}
     return GraphSpec(
         name="embedding",
         role="embedding",
         file=EMBEDDING,
-        engine=EngineSpec(kind="table"),
+        engine=EngineSpec(kind="table", options=options),
+        weights=() if table is None else (SCALES,),
         inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("T",), source="tokens"),),
         outputs=(TensorSpec(name="embeds", dtype="float32", shape=("T", decoder.width)),),
     )

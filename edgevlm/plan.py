@@ -24,14 +24,23 @@ from edgevlm.model.plans import (
 )
 from edgevlm.model.spec import VlmSpec
 from edgevlm.passes.base import Context
+from edgevlm.quant.sites import linear_sites
 from edgevlm.recipe import Recipe
 from edgevlm.resources import device_files
-from edgevlm.sizes import Parameters, decoder_activations, parameters, vision_activations
+from edgevlm.sizes import (
+    Parameters,
+    decoder_activations,
+    parameters,
+    shares_table,
+    table_bytes,
+    vision_activations,
+    weight_bytes,
+)
 from edgevlm.solve import Settled, choose_targets, settle
 from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
 from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
-from edgevlm_runtime.manifest import StateGroup
+from edgevlm_runtime.manifest import DTYPE_BYTES, StateGroup
 
 __all__ = [
     "MemoryPlan",
@@ -47,6 +56,7 @@ __all__ = [
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 ALL_PHASES = ("prefill", "decode", "verify")
 DECODE_ROWS = 8
+ENCODER = ("vision", "projector")
 # A generation can be cancelled between two chunks of its prompt, so a chunk is bounded.
 PREFILL_ROWS = 512
 
@@ -268,21 +278,42 @@ def _memory(
     steps: list[PlannedGraph],
 ) -> MemoryPlan:
     size = BYTES[settled.dtype]
-    count = parameters(spec)
-    encoder = (count.vision + count.projector) * size
-    decoder = (count.layers + (count.head or count.embedding)) * size
+    encoder = weight_bytes(spec, "vision", "projector") + _other_bytes(spec, "encoder")
+    head, norms = weight_bytes(spec, "decoder.head"), _other_bytes(spec, "decoder")
+    roots = ("decoder.layers", "prefill.layers") if spec.has_prefill else ("decoder.layers",)
+    layers = {root: weight_bytes(spec, root) for root in roots}
+    packed = sum(
+        layers.get("prefill.layers" if _is_prompt(step) else "", layers["decoder.layers"])
+        for step in steps
+    )
     rows = max(step.rows or step.max_rows or 1 for step in steps)
+    shared = shares_table(spec, steps[0].form)
     return MemoryPlan(
-        weights=encoder + decoder,
-        packed=encoder * num_visions + decoder * len(steps),
-        embedding=count.embedding * size,
-        state=sum(math.prod(tensor.shape) * BYTES[tensor.dtype] for tensor in state.tensors),
+        weights=encoder + sum(layers.values()) + norms + (0 if shared else head),
+        packed=encoder * num_visions + packed + (norms + head) * len(steps),
+        embedding=table_bytes(spec),
+        state=sum(math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for tensor in state.tensors),
         activations=size
         * max(
             decoder_activations(spec, rows, settled.capacity),
             *(vision_activations(spec, grid) for grid in spec.vision.grids),
         ),
     )
+
+
+def _is_prompt(step: PlannedGraph) -> bool:
+    """Whether a step graph serves prompts alone."""
+    return step.phases == ("prefill",)
+
+
+def _other_bytes(spec: VlmSpec, part: str) -> int:
+    """Bytes of a part that are no linear map: norms, biases, patches, positions."""
+    count = parameters(spec)
+    numbers = count.layers if part == "decoder" else count.vision + count.projector
+    for site in linear_sites(spec).values():
+        if site.component == "decoder" if part == "decoder" else site.component in ENCODER:
+            numbers -= site.numbers
+    return 4 * numbers
 
 
 def _model_decision(recipe: Recipe, spec: VlmSpec) -> Decision:

@@ -13,8 +13,17 @@ from edgevlm.model.spec import (
     VisionSpec,
     VlmSpec,
 )
+from edgevlm.quant.sites import linear_sites
 
-__all__ = ["Parameters", "decoder_activations", "parameters", "vision_activations"]
+__all__ = [
+    "Parameters",
+    "decoder_activations",
+    "parameters",
+    "shares_table",
+    "table_bytes",
+    "vision_activations",
+    "weight_bytes",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +54,42 @@ def parameters(spec: VlmSpec) -> Parameters:
         + _norm(decoder.norm, decoder.width),
         head=0 if decoder.tied else table,
     )
+
+
+def shares_table(spec: VlmSpec, form: str) -> bool:
+    """Whether the head of a step in this form reads the bytes of the embedding table.
+
+    A quantized head does where both have the same weights and the same layout, which only steps
+    that extend their cache have.
+    """
+    head, table = spec.schemes.get("decoder.head"), spec.table
+    if not spec.decoder.tied:
+        return False
+    if head is None or table is None:
+        return head is None and table is None
+    is_packed = form == "inplace" and (head.activations is None or head.activations.dtype != "int8")
+    return is_packed and head.weights == table.weights
+
+
+def weight_bytes(spec: VlmSpec, *roots: str) -> int:
+    """Bytes of the weights under these roots of sites (`vision`, `decoder.head`), as stored."""
+    total = 0
+    for site, linear in linear_sites(spec).items():
+        for root in roots:
+            named = site.replace("decoder.", "prefill.", 1) if root == "prefill" else site
+            if named == root or named.startswith(f"{root}."):
+                scheme = spec.schemes.get(named)
+                size = linear.rows, linear.columns
+                total += 4 * linear.numbers if scheme is None else scheme.weights.nbytes(*size)
+    return total
+
+
+def table_bytes(spec: VlmSpec) -> int:
+    """Bytes of the embedding table."""
+    decoder = spec.decoder
+    if spec.table is None:
+        return 4 * decoder.vocab_size * decoder.width
+    return spec.table.weights.nbytes(decoder.vocab_size, decoder.width)
 
 
 def vision_activations(spec: VlmSpec, grid: tuple[int, int]) -> int:

@@ -61,10 +61,12 @@ class ModelEvidence:
 
     `name` is that of the last form, `root` what its graphs and their runtime answer to: the
     Hugging Face model's answers, or where something was lost on the way the last form's own.
+    `float_answers` are those of our model before any loss.
     """
 
     name: str
     reference: Sequence[Witness]
+    float_answers: Sequence[Witness]
     ours: Sequence[Witness]
     root: Sequence[Witness]
     rungs: tuple[Rung, ...]
@@ -74,7 +76,7 @@ def model_evidence(subject: Subject, climb: Climb) -> ModelEvidence:
     """Hold our model to the reference; raise EvidenceError where a gate fails."""
     reference = climb.witnesses("hf", subject.checkpoint_key, lambda: _referee(subject, climb))
     rungs = [climb.root(reference)]
-    below = reference
+    below = float_answers = reference
     for form in subject.forms:
         first = len(rungs) == 1
         above = climb.witnesses(
@@ -87,9 +89,11 @@ def model_evidence(subject: Subject, climb: Climb) -> ModelEvidence:
         demand(rung, (lambda: _origin(subject, climb)) if first else _nowhere)
         rungs.append(rung)
         below = above
+        float_answers = above if first else float_answers
     return ModelEvidence(
         name=subject.forms[-1].name,
         reference=reference,
+        float_answers=float_answers,
         ours=below,
         root=reference if len(subject.forms) == 1 else below,
         rungs=tuple(rungs),

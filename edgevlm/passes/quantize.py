@@ -13,13 +13,15 @@ patches stays too: it is under a hundredth of the products, and the first thing 
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from edgevlm.passes.base import Change, Context, Foresight, Pass
-from edgevlm.quant.options import SchemeOptions, SiteOptions
+from edgevlm.quant.memory import cache_decisions, shaped, table_decisions
+from edgevlm.quant.options import KvOptions, SchemeOptions, SiteOptions, TableOptions
 
 if TYPE_CHECKING:
     from edgevlm.model.spec import Scheme, VlmSpec
@@ -44,6 +46,8 @@ class Quantize(Pass):
         "weights are held.",
     )
     head: SchemeOptions | None = Field(None, description="Rows to logits.")
+    kv: KvOptions | None = Field(None, description="The cache of keys and values.")
+    embedding: TableOptions | None = Field(None, description="The table of token embeddings.")
     sites: tuple[SiteOptions, ...] = Field((), description="Rules for single sites, last wins.")
     bias_correction: bool = Field(
         False, description="Add to biases what rounding takes from the mean of an output."
@@ -55,24 +59,37 @@ class Quantize(Pass):
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """The schemes of all sites; kernels that the device lacks are refused."""
         assignment = self.assign(spec, context)
-        effect = f"{len(assignment.schemes)} linear maps quantized"
         return Foresight(
-            spec=replace(spec, schemes=assignment.schemes),
-            effect=effect,
-            decisions=assignment.decisions,
+            spec=self._shaped(spec, assignment.schemes),
+            effect=f"{len(assignment.schemes)} linear maps quantized",
+            decisions=(
+                *assignment.decisions,
+                *cache_decisions(self.kv, spec, context.targets),
+                *table_decisions(self.embedding, spec, assignment.schemes.get("decoder.head")),
+            ),
         )
 
     def reshape(self, spec: VlmSpec, change: Change, context: Context) -> VlmSpec:
         """The schemes that were given, which a budget may have chosen."""
         schemes = {site: scheme_from(data) for site, data in change.schemes.items()}
-        return replace(spec, schemes=schemes)
+        return self._shaped(spec, schemes)
+
+    def _shaped(self, spec: VlmSpec, schemes: Mapping[str, Scheme]) -> VlmSpec:
+        """A spec with these schemes, and with what is asked of the cache and the table."""
+        return shaped(spec, schemes, self.kv, self.embedding)
 
     def apply(self, model: Vlm, context: Context) -> Change:
         """Round the weights, calibrate the activations, and put quantized maps in place."""
         from edgevlm.quant.engine import quantize_model
 
         assignment = self.assign(model.spec, context)
-        measures = quantize_model(model, assignment, self.bias_correction, context)
+        measures = quantize_model(
+            model,
+            self._shaped(model.spec, assignment.schemes),
+            assignment.options,
+            context,
+            bias_correction=self.bias_correction,
+        )
         skipped = dict(assignment.skipped)
         if model.spec.vision.pixels != "patches":
             skipped["vision.embed.patch"] = PATCHES

@@ -141,16 +141,24 @@ def decoder_calls(
 ) -> LayerCalls:
     """The calls of a decoder's layers, one per sample: its prompt, with its answer or without."""
 
-    def runs() -> Iterator[Callable[[], object]]:
-        for case, rows in zip(cases, visual, strict=True):
-            ids = torch.from_numpy(case.question.prompt.token_ids)
-            whole = model.embed(ids, rows)
-            fed = torch.tensor(case.answer[:-1] if answers else (), dtype=torch.long)
-            whole = torch.cat([whole, model.embedding(fed)[None]], dim=1)
-            places = positions(case.question, len(fed))
-            yield partial(model.whole, decoder, whole, places)
+    inputs = decoder_inputs(model, cases, visual, answers=answers)
+    runs = (partial(model.whole, decoder, rows, places) for rows, places in inputs)
+    return _first_calls(decoder.layers, runs)
 
-    return _first_calls(decoder.layers, runs())
+
+def decoder_inputs(
+    model: Vlm,
+    cases: Sequence[CalibrationCase],
+    visual: Sequence[Tensor | None],
+    *,
+    answers: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [1, T, W] and their positions, of each sample's prompt, with its answer or without."""
+    for case, rows in zip(cases, visual, strict=True):
+        whole = model.embed(torch.from_numpy(case.question.prompt.token_ids), rows)
+        fed = torch.tensor(case.answer[:-1] if answers else (), dtype=torch.long)
+        whole = torch.cat([whole, model.embedding(fed)[None]], dim=1)
+        yield whole, positions(case.question, len(fed))
 
 
 def _pictures(

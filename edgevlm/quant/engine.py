@@ -9,8 +9,7 @@ with the next one, and comes to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 
 from edgevlm.errors import PassError
 from edgevlm.model.quantized import QuantLinear
+from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Decoder, Vlm, place
 from edgevlm.passes.base import Context
-from edgevlm.quant.assign import Assignment
 from edgevlm.quant.calibrate import (
     CalibrationCase,
     LayerCalls,
@@ -31,7 +30,9 @@ from edgevlm.quant.calibrate import (
     project_features,
     vision_calls,
 )
-from edgevlm.quant.rounding import quantized_linear
+from edgevlm.quant.kv import calibrate_cache
+from edgevlm.quant.options import SchemeOptions
+from edgevlm.quant.rounding import quantized_linear, quantized_table
 from edgevlm.quant.sites import linear_sites
 from edgevlm.quant.statistics import Statistics, Wanted, wanted_of
 
@@ -42,17 +43,25 @@ Run = Callable[[], object]
 
 @torch.no_grad()
 def quantize_model(
-    model: Vlm, assignment: Assignment, bias_correction: bool, context: Context
+    model: Vlm,
+    spec: VlmSpec,
+    options: Mapping[str, SchemeOptions],
+    context: Context,
+    *,
+    bias_correction: bool = False,
 ) -> dict[str, float]:
-    """Quantize in place; returns what the weights take before and after, and the samples seen.
+    """Make the model that of `spec`; returns what the weights take, and the samples seen.
 
-    Raises PassError where a scheme needs calibration samples and there are none.
+    `options` say for each site of the spec's schemes how its numbers are found. Raises PassError
+    where calibration samples are needed and there are none.
     """
-    job = Job(model, assignment, bias_correction, context)
-    model.spec = replace(model.spec, schemes=dict(assignment.schemes))
-    if model.spec.has_prefill:
+    job = Job(model, spec, options, bias_correction, context)
+    if spec.has_prefill:
         model.split_phases()
-    shapes = {site: job.linear(site).weight.shape for site in assignment.schemes}
+    shapes = {site: job.linear(site).weight.shape for site in spec.schemes}
+    if spec.table is not None:
+        model.embedding = quantized_table(model.embedding, spec.table)
+    model.spec = spec
     with context.progress.stage("quantize", job.num_units) as advance:
         for _ in job.units():
             advance(1)
@@ -60,11 +69,10 @@ def quantize_model(
     return {
         "mib_float32": sum(4 * shape.numel() for shape in shapes.values()) / 2**20,
         "mib_quantized": sum(
-            assignment.schemes[site].weights.nbytes(*shape) for site, shape in shapes.items()
+            spec.schemes[site].weights.nbytes(*shape) for site, shape in shapes.items()
         )
         / 2**20,
         "samples": float(len(job.cases)),
-        **job.measures,
     }
 
 
@@ -72,24 +80,31 @@ class Job:
     """One model being quantized."""
 
     def __init__(
-        self, model: Vlm, assignment: Assignment, bias_correction: bool, context: Context
+        self,
+        model: Vlm,
+        spec: VlmSpec,
+        options: Mapping[str, SchemeOptions],
+        bias_correction: bool,
+        context: Context,
     ) -> None:
         """Draw the calibration samples, where any site needs them."""
-        self.model, self.assignment = model, assignment
+        self.model, self.schemes, self.options = model, spec.schemes, options
         self.work = context.work
-        self.measures: dict[str, float] = {}
         self._wanted = {
-            site: wanted_of(scheme, assignment.options[site], bias_correction)
-            for site, scheme in assignment.schemes.items()
+            site: wanted_of(scheme, options[site], bias_correction)
+            for site, scheme in spec.schemes.items()
         }
-        sites = linear_sites(model.spec)
+        sites = linear_sites(spec)
         self._readers = {
             site: site.replace(name, sites[name].reader, 1)
-            for site in assignment.schemes
+            for site in spec.schemes
             for name in [site.replace("prefill.", "decoder.", 1)]
         }
+        self._kv = spec.decoder.layers[0].attention.kv
         self.cases: Sequence[CalibrationCase] = ()
         calibrated = [site for site, wanted in self._wanted.items() if wanted]
+        if self._kv is not None:
+            calibrated.append("decoder.layers.0.attention.core")
         if calibrated:
             self.cases = context.calibration() if context.calibration is not None else ()
             if not self.cases:
@@ -103,7 +118,7 @@ class Job:
     @property
     def num_units(self) -> int:
         """How many units there are."""
-        return len({_unit_of(site) for site in self.assignment.schemes})
+        return len({_unit_of(site) for site in self.schemes})
 
     def units(self) -> Iterator[str]:
         """Quantize unit by unit."""
@@ -111,12 +126,14 @@ class Job:
         features = encode_features(self.model, self.cases) if self._calibrates("projector") else []
         run = None if not features else lambda: project_features(self.model, features)
         yield from self._unit("projector", run)
-        needs_rows = self._calibrates("decoder") or self._calibrates("prefill")
+        needs_rows = self._calibrates("decoder", "prefill") or self._kv is not None
         visual: list[Tensor | None] = []
         if needs_rows:
             features = features or encode_features(self.model, self.cases)
             visual = project_features(self.model, features)
         features = []
+        if self._kv is not None:
+            calibrate_cache(self.model, self._kv, self.cases, visual)
         if self.model.prefill is not None:
             yield from self._decoder("prefill", self.model.prefill, visual)
         yield from self._decoder("decoder", self.model.decoder, visual)
@@ -162,7 +179,7 @@ class Job:
 
     def _unit(self, name: str, run: Run | None) -> Iterator[str]:
         """Quantize the maps of a unit, or put in place what an interrupted run made of them."""
-        sites = [site for site in self.assignment.schemes if _unit_of(site) == name]
+        sites = [site for site in self.schemes if _unit_of(site) == name]
         if not sites:
             return
         kept = None if self.work is None else self.work / f"{name}.safetensors"
@@ -173,8 +190,8 @@ class Job:
             made = {
                 site: quantized_linear(
                     self.linear(site),
-                    self.assignment.schemes[site],
-                    self.assignment.options[site],
+                    self.schemes[site],
+                    self.options[site],
                     statistics.get(self._readers[site]),
                     site=site,
                 )
@@ -220,16 +237,14 @@ class Job:
         for site in sites:
             linear = self.linear(site)
             rows, columns = linear.weight.shape
-            module = QuantLinear(
-                rows, columns, linear.bias is not None, self.assignment.schemes[site]
-            )
+            module = QuantLinear(rows, columns, linear.bias is not None, self.schemes[site])
             for name in [name for name, _ in module.named_parameters()]:
                 place(module, name, tensors[f"{site}/{name}"])
             self.model.set_submodule(site, module)
 
-    def _calibrates(self, name: str) -> bool:
-        """Whether any site of a part looks at samples."""
-        return any(wanted for site, wanted in self._wanted.items() if site.split(".")[0] == name)
+    def _calibrates(self, *parts: str) -> bool:
+        """Whether any site of these parts looks at samples."""
+        return any(wanted for site, wanted in self._wanted.items() if site.split(".")[0] in parts)
 
 
 def _unit_of(site: str) -> str:

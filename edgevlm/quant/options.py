@@ -13,10 +13,10 @@ from pydantic import Field, model_validator
 
 from edgevlm.document import Complaint, Options
 
-__all__ = ["CalibrationOptions", "SchemeOptions", "SiteOptions"]
+__all__ = ["CalibrationOptions", "KvOptions", "SchemeOptions", "SiteOptions", "TableOptions"]
 
 SchemeName = Literal["w4a16", "w4a8", "w8a16", "w8a8", "w16a16", "fp8"]
-Method = Literal["rtn", "gptq", "awq", "hqq"]
+Method = Literal["rtn", "hqq", "gptq"]
 
 
 class SchemeOptions(Options):
@@ -70,6 +70,32 @@ class SchemeOptions(Options):
                 key="activations",
             )
         return self
+
+
+class KvOptions(Options):
+    """The cache of keys and values, with constant scales from calibration."""
+
+    dtype: Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2"]
+    granularity: Literal["tensor", "channel"] = Field(
+        "channel", description="What shares a scale: all of a layer's keys, or one feature of them."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, data: object) -> object:
+        return {"dtype": data} if isinstance(data, str) else data
+
+
+class TableOptions(Options):
+    """The table of token embeddings; a tied head of the same scheme reads the same bytes."""
+
+    dtype: Literal["int8", "int4"]
+    group_size: Literal[16, 32, 64, 128, 256] = 32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, data: object) -> object:
+        return {"dtype": data} if isinstance(data, str) else data
 
 
 class SiteOptions(Options):

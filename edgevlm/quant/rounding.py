@@ -6,14 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.errors import PassError
-from edgevlm.model.quantized import QuantLinear
-from edgevlm.quant.affine import Float8Tensor, QuantTensor, float8_scales, quantize, to_float8
+from edgevlm.model.quantized import QuantEmbedding, QuantLinear
+from edgevlm.quant.affine import Float8Tensor, QuantTensor, float8_scales, to_float8
+from edgevlm.quant.gptq import gptq
+from edgevlm.quant.hqq import hqq
 from edgevlm.quant.options import SchemeOptions
-from edgevlm.quant.ranges import affine_of, weight_scales
+from edgevlm.quant.ranges import affine_of
+from edgevlm.quant.refine import refit_scales
+from edgevlm.quant.rtn import rtn
 from edgevlm.quant.spec import DTYPE_BITS, ActivationQuant, Scheme
 from edgevlm.quant.statistics import Statistics
 
-__all__ = ["quantized_linear"]
+__all__ = ["quantized_linear", "quantized_table"]
 
 
 def quantized_linear(
@@ -59,6 +63,17 @@ def quantized_linear(
     return module
 
 
+def quantized_table(table: nn.Module, scheme: Scheme) -> QuantEmbedding:
+    """A quantized table in the place of a float one."""
+    weight = table.get_parameter("weight").detach().float()
+    rows, width = weight.shape
+    module = QuantEmbedding(rows, width, scheme)
+    rounded = _rounded(weight, scheme, SchemeOptions(scheme="w8a16"), None)
+    _set(module, "weight", rounded.values)
+    _set(module, "scale", rounded.scale)
+    return module
+
+
 def _rounded(
     weight: Tensor, scheme: Scheme, options: SchemeOptions, statistics: Statistics | None
 ) -> QuantTensor | Float8Tensor:
@@ -66,14 +81,26 @@ def _rounded(
     if weights.dtype.startswith("float8"):
         dtype = getattr(torch, weights.dtype)
         return to_float8(weight, float8_scales(weight, dtype), dtype=dtype)
-    scale, zero = weight_scales(
+    bits, size, is_symmetric = weights.bits, weights.group_size, weights.symmetric
+    if options.method == "hqq":
+        return hqq(
+            weight, bits=bits, group_size=size, symmetric=is_symmetric, ranges=options.ranges
+        )
+    if options.method == "rtn":
+        return rtn(
+            weight, bits=bits, group_size=size, symmetric=is_symmetric, ranges=options.ranges
+        )
+    assert statistics is not None
+    assert statistics.products is not None
+    found = gptq(
         weight,
-        bits=weights.bits,
-        group_size=weights.group_size,
-        symmetric=weights.symmetric,
-        method=options.ranges,
+        statistics.products,
+        bits=bits,
+        group_size=size,
+        symmetric=is_symmetric,
+        ranges=options.ranges,
     )
-    return quantize(weight, scale, zero, bits=weights.bits, group_size=weights.group_size)
+    return refit_scales(weight, found.tensor, statistics.products)
 
 
 def _constants(

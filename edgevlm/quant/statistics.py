@@ -14,7 +14,7 @@ from edgevlm.quant.spec import Scheme
 
 __all__ = ["Statistics", "Wanted", "wanted_of"]
 
-METHODS_ON_PRODUCTS = frozenset({"gptq", "awq"})
+METHODS_ON_PRODUCTS = frozenset({"gptq"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,76 @@
+"""Evidence site by site: the noise of each quantized map, its harm, and what float would save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from edgevlm.evidence.eager import eager_witness
+from edgevlm.evidence.exam import Exam
+from edgevlm.evidence.measures import logits_agreement
+from edgevlm.evidence.witness import Witness
+from edgevlm.model.vlm import Vlm
+from edgevlm.progress import Progress
+from edgevlm.quant.calibrate import CalibrationCase
+from edgevlm.quant.harm import extra_bytes, site_harms, site_noises, split_alike, swapped
+
+NOISE_SAMPLES = 4
+HARM_SAMPLES = 6
+LEFT_IN_FLOAT = (1, 4, 16)
+
+
+def site_evidence(
+    float_model: Vlm,
+    quantized: Vlm,
+    exam: Exam,
+    reference: Sequence[Witness],
+    progress: Progress,
+) -> dict[str, Any]:
+    """`noise` of every site in order, `harm` with the worst site first, `what_if` a few were float.
+
+    `reference` are the answers of the float model, along which all is measured. Where a right
+    answer means nothing (drawn weights) there is noise alone.
+    """
+    cases = [
+        CalibrationCase(question=question, answer=witness.answer)
+        for question, witness in zip(exam.questions, reference, strict=True)
+    ]
+    noises = site_noises(float_model, quantized, cases[:NOISE_SAMPLES])
+    report: dict[str, Any] = {"noise": [asdict(row) for row in noises], "harm": [], "what_if": []}
+    if exam.score is None:
+        return report
+    harms = site_harms(float_model, quantized, cases[:HARM_SAMPLES], progress)
+    report["harm"] = [asdict(row) for row in harms]
+    worst = [harm.site for harm in harms]
+    counts = [0, *(count for count in LEFT_IN_FLOAT if count < len(worst))]
+    with progress.stage("what if sites were float", len(counts)) as advance:
+        for count in counts:
+            left = worst[:count]
+            report["what_if"].append(_what_if(float_model, quantized, exam, reference, left))
+            advance(1)
+    return report
+
+
+def _what_if(
+    float_model: Vlm,
+    quantized: Vlm,
+    exam: Exam,
+    reference: Sequence[Witness],
+    sites: Sequence[str],
+) -> Mapping[str, Any]:
+    """KL, argmax agreement, accuracy and bytes with these sites in float."""
+    split_alike(float_model, quantized)
+    with swapped(quantized, float_model, sites):
+        found = [
+            eager_witness(quantized, question, parent, end_tokens=exam.end_tokens)
+            for question, parent in zip(exam.questions, reference, strict=True)
+        ]
+    agreement = logits_agreement([w.logits for w in reference], [w.logits for w in found])
+    return {
+        "sites": list(sites),
+        "kl": agreement.kl,
+        "argmax": agreement.argmax,
+        "accuracy": exam.accuracy(found).get("mean_accuracy"),
+        "extra_bytes": extra_bytes(quantized, sites),
+    }

@@ -1,0 +1,94 @@
+"""Scales of a quantized cache, from what the float decoder would put there on the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from edgevlm.errors import PassError
+from edgevlm.model.attention import Attention, AttentionCore, FullCache
+from edgevlm.model.rope import rope_tables
+from edgevlm.model.spec import KvQuant
+from edgevlm.model.vlm import Decoder, Vlm
+from edgevlm.quant.calibrate import CalibrationCase, decoder_inputs
+
+__all__ = ["calibrate_cache"]
+
+LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+"""The number that the largest of a cache becomes."""
+
+ROWS = 4096
+"""Rows of a layer that a clip is searched on, evenly taken."""
+
+RATIOS = torch.linspace(1.0, 0.5, 21)
+"""Shares of the largest number at which int4 is tried to end: 15 numbers bear some clipping."""
+
+
+def calibrate_cache(
+    model: Vlm, kv: KvQuant, cases: Sequence[CalibrationCase], visual: Sequence[Tensor | None]
+) -> None:
+    """Give every layer's cache its constant scales; keys are seen after rotary.
+
+    The decoder for prompts shares them: both write the same cache.
+    """
+    seen = _rows_of_caches(model, cases, visual)
+    for index, layer in enumerate(model.decoder.layers):
+        attention = layer.get_submodule("attention")
+        assert isinstance(attention, Attention)
+        spec = model.spec.decoder.layers[index].attention
+        core = AttentionCore(spec)
+        for name, rows in zip(("k_scale", "v_scale"), seen[index], strict=True):
+            site = f"decoder.layers.{index}.attention.core"
+            scale = _scale(torch.cat(rows), kv, site).reshape(core.get_parameter(name).shape)
+            setattr(core, name, torch.nn.Parameter(scale, requires_grad=False))
+        attention.core = core
+        if model.prefill is not None:
+            twin = model.prefill.layers[index].get_submodule("attention")
+            twin.core = core
+
+
+def _rows_of_caches(
+    model: Vlm, cases: Sequence[CalibrationCase], visual: Sequence[Tensor | None]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Keys and values [rows, Hkv*D] of every layer, as many as are looked at."""
+    seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in model.decoder.layers]
+    step = max(1, sum(len(case.question.prompt.token_ids) for case in cases) // ROWS)
+
+    def note(index: int, keys: Tensor, values: Tensor) -> None:
+        seen[index][0].append(keys[0, ::step].clone())
+        seen[index][1].append(values[0, ::step].clone())
+
+    for rows, places in decoder_inputs(model, cases, visual, answers=True):
+        cos, sin = rope_tables(model.spec.decoder.rope, places)
+        caches = [FullCache(cos, sin, partial(note, index)) for index in range(len(seen))]
+        decoder: Decoder = model.decoder
+        decoder(rows, caches, torch.tensor([0]))
+    return seen
+
+
+def _scale(rows: Tensor, kv: KvQuant, site: str) -> Tensor:
+    """The scale of all rows [M, Hkv*D], or of each of their columns."""
+    if not bool(torch.isfinite(rows).all()):
+        raise PassError(
+            "its keys or values hold NaN or infinity on the calibration samples",
+            name="quantize",
+            site=site,
+            hint="check the checkpoint, and the passes before this one",
+        )
+    columns = rows.flatten()[:, None] if kv.granularity == "tensor" else rows
+    largest = columns.abs().amax(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    widest = largest / LARGEST[kv.dtype]
+    if kv.dtype != "int4":
+        return widest
+    best, error = widest, torch.full_like(widest, torch.inf)
+    for ratio in RATIOS:
+        step = widest * ratio
+        most = LARGEST[kv.dtype]
+        rounded = torch.round(columns / step).clamp(-most - 1, most) * step
+        found = (columns - rounded).square().sum(dim=0)
+        best = torch.where(found < error, step, best)
+        error = torch.minimum(found, error)
+    return best

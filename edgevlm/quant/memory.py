@@ -1,0 +1,98 @@
+"""What a recipe asks of memory that is no linear map: the cache, and the table of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from edgevlm.decisions import Decision
+from edgevlm.quant.options import KvOptions, TableOptions
+from edgevlm.quant.spec import DTYPE_BITS, Scheme, WeightQuant
+
+if TYPE_CHECKING:
+    from edgevlm.model.spec import VlmSpec
+
+__all__ = ["cache_decisions", "shaped", "table_decisions", "table_scheme"]
+
+
+def shaped(
+    spec: VlmSpec,
+    schemes: Mapping[str, Scheme],
+    kv: KvOptions | None,
+    table: TableOptions | None,
+) -> VlmSpec:
+    """A spec with these schemes, this cache and this table."""
+    from edgevlm.model.spec import KvQuant
+
+    decoder = spec.decoder
+    if kv is not None:
+        quant = KvQuant(dtype=kv.dtype, granularity=kv.granularity)
+        layers = tuple(
+            replace(layer, attention=replace(layer.attention, kv=quant)) for layer in decoder.layers
+        )
+        decoder = replace(decoder, layers=layers)
+    scheme = None if table is None else table_scheme(table)
+    return replace(spec, schemes=dict(schemes), decoder=decoder, table=scheme)
+
+
+def table_scheme(options: TableOptions) -> Scheme:
+    """The scheme of a table: rows are looked up, and multiplied by nothing."""
+    bits = DTYPE_BITS[options.dtype]
+    weights = WeightQuant(dtype=options.dtype, bits=bits, group_size=options.group_size)
+    return Scheme(name=f"w{bits}a16", weights=weights)
+
+
+def cache_decisions(kv: KvOptions | None, spec: VlmSpec, targets: Sequence[str]) -> list[Decision]:
+    """What becomes of a quantized cache."""
+    from edgevlm.model.plans import DELTA_CACHES, INPLACE_CACHES
+    from edgevlm_export.forms import FORMS
+
+    if kv is None:
+        return []
+    asked = f"kv {kv.dtype} per {kv.granularity}"
+    for target in targets:
+        known = INPLACE_CACHES if FORMS[target].state == "inplace" else DELTA_CACHES
+        if kv.dtype not in known:
+            return [
+                Decision(
+                    asked=f"{asked} on {target!r}",
+                    outcome="refused",
+                    reason=f"its steps keep {', '.join(known)} only",
+                    effect=f"choose kv: {known[0]}, or another target",
+                )
+            ]
+    numbers = sum(
+        2 * layer.attention.num_kv_heads * layer.attention.head_dim for layer in spec.decoder.layers
+    )
+    return [
+        Decision(
+            asked=asked,
+            outcome="applied",
+            reason="scales are constants from calibration",
+            effect=f"a row takes {numbers * DTYPE_BITS[kv.dtype] // 8:,} bytes of the cache "
+            f"instead of {4 * numbers:,}",
+        )
+    ]
+
+
+def table_decisions(
+    table: TableOptions | None, spec: VlmSpec, head: Scheme | None
+) -> list[Decision]:
+    """What becomes of a quantized table of embeddings."""
+    if table is None:
+        return []
+    decoder = spec.decoder
+    scheme = table_scheme(table)
+    size = scheme.weights.nbytes(decoder.vocab_size, decoder.width)
+    effect = f"{size / 2**20:,.1f} MiB instead of {decoder.vocab_size * decoder.width / 2**18:,.1f}"
+    if decoder.tied and head is not None and head.weights == scheme.weights:
+        effect += ", which the head reads too"
+    return [
+        Decision(
+            asked=f"embedding {table.dtype}",
+            outcome="applied",
+            reason="the runtime restores rows as they are looked up",
+            effect=effect,
+        )
+    ]
