@@ -51,7 +51,7 @@ def show_audits(audits: Mapping[str, Sequence[GraphAudit]], out: Console) -> Non
         for audit in several:
             out.print()
             _show_graph(f"{variant}.{audit.graph}", audit, out)
-    if not audits:
+    if not any(audits.values()):
         out.print("no audit: the ops of this bundle were not looked at")
 
 

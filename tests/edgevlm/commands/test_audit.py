@@ -61,7 +61,7 @@ AUDIT = GraphAudit(
 def shown(*audits: GraphAudit) -> list[str]:
     text = io.StringIO()
     console = Console(file=text, width=160, highlight=False, markup=False, no_color=True)
-    show_audits({"ort": audits} if audits else {}, console)
+    show_audits({"ort": audits}, console)
     return [" ".join(line.split()) for line in text.getvalue().splitlines()]
 
 
