@@ -239,11 +239,17 @@ def evaluate(
 
 
 @app.command()
-def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
+def inspect(
+    bundle: BundleArgument,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Show what ran of each graph, against what was asked.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
     """Show what a bundle holds, and the evidence for it."""
     from edgevlm.commands.inspect import inspect_command
 
-    inspect_command(bundle, as_json=json)
+    inspect_command(bundle, audit=audit, as_json=json)
 
 
 @app.command()

@@ -13,7 +13,6 @@ import gc
 import importlib.metadata
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -22,12 +21,13 @@ from typing import Any
 
 import torch
 
-from edgevlm.audit.bundle import audit_of
+from edgevlm.asked import Asked
+from edgevlm.audit.bundle import audit_of, processor_key
 from edgevlm.audit.report import GraphAudit, require_as_asked
 from edgevlm.cache import StageCache, code_version, default_root, digest
 from edgevlm.checkpoint import load, open_checkpoint
 from edgevlm.decisions import refuse
-from edgevlm.evidence.exam import Exam, prepare_exam
+from edgevlm.evidence.exam import Exam
 from edgevlm.evidence.gates import limits
 from edgevlm.evidence.gather import Form, Subject, graph_evidence, model_evidence
 from edgevlm.evidence.ladder import Climb
@@ -42,15 +42,12 @@ from edgevlm.passes.stages import chain, run_stages
 from edgevlm.plan import Plan, VariantPlan, image_choices, make_plan, recipe_device
 from edgevlm.progress import Progress, Silent
 from edgevlm.publish import publishing
-from edgevlm.quant.calibrate import CalibrationCase, calibration_cases
 from edgevlm.recipe import Recipe
-from edgevlm.samples import Sample, content_of, cover_grids, draw_samples, score_answers
 from edgevlm_runtime._version import __version__
 from edgevlm_runtime.files import entry_of
-from edgevlm_runtime.images.spec import Geometry, ImageSpec, NativeGeometry
 from edgevlm_runtime.manifest import FORMAT_VERSION, FileEntry, Manifest, ModelInfo
 from edgevlm_runtime.structure import to_json
-from edgevlm_runtime.text import TextSpec, load_tokenizer
+from edgevlm_runtime.text import TextSpec
 
 HF_FILES = (
     "config.json",
@@ -95,8 +92,8 @@ class Job:
             targets=tuple(variant.target for variant in self.plan.variants),
             seed=recipe.seed,
             probe=probe,
-            calibration=self._calibration,
-            samples_key=self._samples_key(),
+            calibration=lambda: self.asked.calibration(),
+            samples_key=self.asked.calibration_key(),
             progress=progress,
         )
 
@@ -141,7 +138,7 @@ class Job:
         for variant in self.plan.variants:
             rungs += graph_evidence(subject, climb, below, variant, staging, files_key)
         evidence: dict[str, Any] = {
-            "samples": self._samples_note(climb.exam),
+            "samples": self.asked.note(climb.exam),
             "rungs": [r.to_json() for r in rungs],
         }
         if self.plan.spec.schemes:
@@ -175,7 +172,8 @@ class Job:
         if not steps:
             return []
         made = manifest_variant(self.plan, variant)
-        key = digest(files_key, variant.target)
+        # Which kernels there are, and what they round, is the processor's.
+        key = digest(files_key, variant.target, processor_key())
 
         def audit() -> dict[str, Any]:
             audits = []
@@ -272,99 +270,22 @@ class Job:
             forms.append(Form(name=name, count=end, key=self.key_after(end)))
         return tuple(forms)
 
-    def _samples_key(self) -> str:
-        """Hash of the calibration samples, where a pass looks at them."""
-        if not any(step.calibrates for step in self.recipe.passes):
-            return ""
-        options = self.recipe.calibration
-        drawn = [] if options.data is None else self._calibration_samples()
-        return digest(options, [content_of(sample) for sample in drawn])
-
-    def _calibration_samples(self) -> list[Sample]:
-        options = self.recipe.calibration
-        folder = None if options.data is None else self.recipe.path.parent / options.data
-        return draw_samples(folder, split="calibration", count=options.samples, seed=options.seed)
-
-    def _calibration(self) -> list[CalibrationCase]:
-        """The recipe's calibration samples, preprocessed."""
-        return calibration_cases(
-            cover_grids(self._calibration_samples(), self._geometry),
-            ImageSpec.from_json(self._spec.image),
-            TextSpec.from_json(self._spec.text),
-            load_tokenizer(self._tokenizer),
-            min(self._spec.generation.eos_token_ids, default=0),
+    @cached_property
+    def asked(self) -> Asked:
+        """What every rung is asked, and what passes are calibrated on."""
+        return Asked(
+            recipe=self.recipe,
+            spec=self._spec,
+            tokenizer=self._tokenizer,
+            capacity=self.plan.tokens.capacity,
+            is_drawn=self.checkpoint.seed is not None,
         )
 
     def climb(self) -> Climb:
         """What is asked of every rung, and the bounds it is held to."""
-        options = self.recipe.evidence
-        exam = prepare_exam(
-            self._samples(),
-            self._spec.image,
-            self._spec.text,
-            load_tokenizer(self._tokenizer),
-            end_tokens=frozenset(self._spec.generation.eos_token_ids),
-            max_new_tokens=options.max_new_tokens,
-            score=None if self._is_drawn else score_answers,
-        )
-        self._check_context(exam)
-        bounds = limits(options, quantized=bool(self.plan.spec.schemes))
+        bounds = limits(self.recipe.evidence, quantized=bool(self.plan.spec.schemes))
+        exam = self.asked.exam()
         return Climb(exam=exam, bounds=bounds, cache=self.cache, progress=self.progress)
-
-    @property
-    def _is_drawn(self) -> bool:
-        return self.checkpoint.seed is not None
-
-    @property
-    def _geometry(self) -> Geometry:
-        return ImageSpec.from_json(self._spec.image).geometry
-
-    def _samples(self) -> list[Sample]:
-        options = self.recipe.evidence
-        samples = draw_samples(
-            None if options.data is None else self.recipe.path.parent / options.data,
-            split="calibration",
-            count=options.samples,
-            seed=self.recipe.seed,
-        )
-        return cover_grids(samples, self._geometry)
-
-    def _check_context(self, exam: Exam) -> None:
-        """Refuse samples that a session has no room for, before anything is measured."""
-        capacity = self.plan.tokens.capacity
-        rows = max(len(question.prompt.token_ids) for question in exam.questions)
-        needed = rows + exam.max_new_tokens
-        if needed > capacity:
-            raise self.recipe.error(
-                f"the evidence's longest sample takes {needed} rows ({rows} of prompt, "
-                f"{exam.max_new_tokens} of answer), the context has {capacity}",
-                "context",
-                "capacity",
-                hint=f"set context.capacity to at least {needed}, or choose other samples with "
-                "evidence.data",
-            )
-
-    def _samples_note(self, exam: Exam) -> dict[str, Any]:
-        """What was asked; `pictures` has a line for every vision grid, asked about or not."""
-        shapes = Counter(
-            (image.layout.grid, image.layout.tiles)
-            for question in exam.questions
-            for image in question.images
-        )
-        if isinstance(self._geometry, NativeGeometry):
-            shapes.update({(grid, (0, 0)): 0 for grid in self._geometry.grids})
-        return {
-            "data": self.recipe.evidence.data or "scenes, calibration split",
-            "count": len(exam.samples),
-            "seed": self.recipe.seed,
-            "max_new_tokens": exam.max_new_tokens,
-            "sha256": exam.digest,
-            "weights": "drawn" if self._is_drawn else "trained",
-            "pictures": [
-                {"grid": grid, "tiles": tiles, "count": count}
-                for (grid, tiles), count in shapes.items()
-            ],
-        }
 
     def _provenance(self, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {

@@ -191,7 +191,7 @@ def suggest(word: str, choices: Sequence[str]) -> str | None:
     """The nearest choice as a question; all of them where none is near and they are few."""
     if (hint := nearest(word, choices)) is not None:
         return hint
-    if 0 < len(choices) < 12:
+    if 0 < len(choices) <= 12:
         return "choose from " + ", ".join(repr(choice) for choice in choices)
     return None
 

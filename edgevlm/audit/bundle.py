@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from edgevlm.audit.asked import asked_of, precision_of
@@ -13,7 +14,15 @@ from edgevlm.model.spec import VlmSpec
 from edgevlm_export.targets import TARGETS
 from edgevlm_runtime.manifest import GraphSpec, Variant
 
-__all__ = ["audit_of"]
+__all__ = ["audit_of", "processor_key"]
+
+
+def processor_key() -> str:
+    """What kernels are chosen by: the processor's name and its instructions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    telling = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return "\n".join((platform.machine(), platform.processor(), *sorted(telling)))
 
 
 def audit_of(spec: VlmSpec, variant: Variant, graph: GraphSpec, folder: Path) -> GraphAudit:

@@ -23,7 +23,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgevlm_runtime.engines.ort import OrtCall, _errors, _session_options
+from edgevlm_runtime.engines import ort as ort_engine
+from edgevlm_runtime.engines.ort import OrtCall, ort_errors
 from edgevlm_runtime.errors import EngineError
 from edgevlm_runtime.manifest import GraphSpec
 
@@ -71,7 +72,7 @@ class Observation:
 
 def session_options(graph: GraphSpec) -> Any:
     """The options that the runtime gives a session of this graph."""
-    return _session_options(ort, graph)
+    return ort_engine.session_options(ort, graph)
 
 
 @contextlib.contextmanager
@@ -100,7 +101,7 @@ def observe(
             options.add_session_config_entry(_NEW_WEIGHTS, f"{path.name}.weights")
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        refusals: tuple[type[Exception], ...] = (EngineError, *_errors())
+        refusals: tuple[type[Exception], ...] = (EngineError, *ort_errors())
         try:
             profile = _run(path.read_bytes(), options, graph, feeds, in_place, runs)
         except refusals as error:

@@ -43,8 +43,9 @@ def tapped_runs(
     """Run a copy of a written graph whose outputs are these values; return them for each call."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Packed copies of the weights would double the memory, for one run.
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if not _rounds_blocks(ir.load(path)):
+        # Packed copies of the weights would double the memory, for one run.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     # The copy lies beside the weights that it shares with the graph.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tapped-") as folder:
         copy = Path(folder) / path.name
@@ -52,3 +53,11 @@ def tapped_runs(
         session = ort.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
         runs = [session.run(list(values), dict(inputs)) for inputs in calls]
     return [dict(zip(values, outputs, strict=True)) for outputs in runs]
+
+
+def _rounds_blocks(model: ir.Model) -> bool:
+    """Whether a product rounds activations block by block, which it leaves out unpacked."""
+    return any(
+        node.op_type == "MatMulNBits" and node.attributes["accuracy_level"].value == 4
+        for node in model.graph
+    )

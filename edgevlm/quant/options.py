@@ -7,13 +7,25 @@ decoder: {scheme: w4a16, group_size: 32, method: gptq}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from edgevlm.document import Complaint, Options
 
 __all__ = ["CalibrationOptions", "KvOptions", "SchemeOptions", "SiteOptions", "TableOptions"]
+
+
+def _or_a_name(key: str) -> ConfigDict:
+    """A mapping, or only the value of one of its keys, which the JSON schema must say."""
+
+    def extend(schema: dict[str, Any]) -> None:
+        whole = dict(schema)
+        schema.clear()
+        schema["anyOf"] = [{"enum": whole["properties"][key]["enum"], "type": "string"}, whole]
+
+    return ConfigDict(json_schema_extra=extend)
+
 
 SchemeName = Literal["w4a16", "w4a8", "w8a16", "w8a8", "w16a16", "fp8"]
 Method = Literal["rtn", "hqq", "gptq"]
@@ -21,6 +33,8 @@ Method = Literal["rtn", "hqq", "gptq"]
 
 class SchemeOptions(Options):
     """A scheme and how its numbers are found; absent: the device and the targets decide."""
+
+    model_config = _or_a_name("scheme")
 
     scheme: SchemeName
     group_size: int | None = Field(
@@ -75,6 +89,8 @@ class SchemeOptions(Options):
 class KvOptions(Options):
     """The cache of keys and values, with constant scales from calibration."""
 
+    model_config = _or_a_name("dtype")
+
     dtype: Literal["int8", "int4", "float8_e4m3fn", "float8_e5m2"]
     granularity: Literal["tensor", "channel"] = Field(
         "channel", description="What shares a scale: all of a layer's keys, or one feature of them."
@@ -88,6 +104,8 @@ class KvOptions(Options):
 
 class TableOptions(Options):
     """The table of token embeddings; a tied head of the same scheme reads the same bytes."""
+
+    model_config = _or_a_name("dtype")
 
     dtype: Literal["int8", "int4"]
     group_size: Literal[16, 32, 64, 128, 256] = 32

@@ -72,7 +72,10 @@ def test_host_cpu_says_what_was_measured() -> None:
     assert device.memory.bandwidth_effective.base == 37e9
     assert device.peak["float32"].base == 192e9
     assert {fact.kind for fact in device.peak.values()} == {"measured"}
-    assert [fact.weight for fact in device.dtypes_of("static")] == ["float32"]
+    assert device.dtypes_of("static")[0].weight == "float32"
+    limit = device.numeric.int8_weight_bits
+    assert limit is not None
+    assert limit.value == 7
 
 
 @pytest.mark.parametrize(
@@ -106,13 +109,13 @@ def test_host_cpu_says_what_was_measured() -> None:
         (
             "kind: assumed",
             "kind: guessed",
-            "58:37: numeric.mask_value.kind must be one of 'measured', 'vendor', 'fitted', "
+            "116:37: numeric.mask_value.kind must be one of 'measured', 'vendor', 'fitted', "
             "'assumed', got 'guessed'",
         ),
         (
             "    targets: [ort, static]",
             "    targets: [ort, rknn]",
-            "21:1: dtypes name the target 'rknn'\n  hint: choose from 'ort', 'static'",
+            "23:1: dtypes name the target 'rknn'\n  hint: choose from 'ort', 'static'",
         ),
         (
             "name: host-cpu",

@@ -110,7 +110,8 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     """[..., K] as [..., G, size], zeros behind the end."""
     size = size or x.shape[-1]
     missing = -x.shape[-1] % size
-    return nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, size))
+    blocks: Tensor = nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, size))
+    return blocks
 
 
 def numpy_quant_linear(

@@ -46,7 +46,7 @@ class OrtEngine:
     def __init__(self, bundle: Bundle, graph: GraphSpec) -> None:
         """Load the graph, and check that it is the one that the manifest describes."""
         ort = _onnxruntime()
-        options = _session_options(ort, graph)
+        options = session_options(ort, graph)
         if graph.weights:
             options.add_session_config_entry(
                 _WEIGHT_FOLDER, str((bundle.path / graph.file).absolute().parent)
@@ -55,7 +55,7 @@ class OrtEngine:
             self._session = ort.InferenceSession(
                 bytes(bundle.file(graph.file)), options, providers=["CPUExecutionProvider"]
             )
-        except _errors() as error:
+        except ort_errors() as error:
             _check_weights(bundle, graph)
             raise EngineError(
                 f"onnxruntime {ort.__version__} cannot load graph {graph.name!r}: {error}",
@@ -110,7 +110,7 @@ class OrtCall:
         """Run once."""
         try:
             self._run()
-        except _errors() as error:
+        except ort_errors() as error:
             raise EngineError(f"graph {self._graph.name!r} cannot be run: {error}") from error
         if not self._made:
             return self._bound
@@ -146,7 +146,7 @@ def _onnxruntime() -> types.ModuleType:
 
 
 @functools.cache
-def _errors() -> tuple[type[Exception], ...]:
+def ort_errors() -> tuple[type[Exception], ...]:
     """What onnxruntime raises: a dozen classes of its own, without a common base."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -154,7 +154,7 @@ def _errors() -> tuple[type[Exception], ...]:
     return (RuntimeError, *(kind for kind in own if issubclass(kind, Exception)))
 
 
-def _session_options(ort: types.ModuleType, graph: GraphSpec) -> Any:
+def session_options(ort: types.ModuleType, graph: GraphSpec) -> Any:
     """Options of the manifest: names with a dot are configuration entries, others are listed."""
     options = ort.SessionOptions()
     options.log_severity_level = _ONLY_ERRORS

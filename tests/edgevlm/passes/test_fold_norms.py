@@ -129,4 +129,4 @@ def test_folded_norms_scale_no_more() -> None:
 
 def test_spec_stays() -> None:
     spec = tiny_spec()
-    assert FoldNorms().foresee(spec).spec is spec
+    assert FoldNorms().foresee(spec, context()).spec is spec
