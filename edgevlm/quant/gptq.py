@@ -7,13 +7,15 @@ x^T x over inputs x. Columns are rounded one after the other, each to
 
 which makes up for the errors so far as well as a column can. The paper gets the same numbers from
 the Cholesky factor of H^-1; this is Babai's nearest plane (Chen et al., 2025), and inverts nothing.
+The error is then the sum over j of R_jj^2 e_j^2, where e_j is what rounding moves column j by: what
+a search for a group's scale weighs its columns with, which plain GPTQ weighs alike.
 """
 
 # N outputs, K inputs, R rows of a batch, C columns of a block
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -128,18 +130,20 @@ def gptq(
     `act_order` rounds the columns of the largest inputs first; scales then come from the weights as
     given, and the layout stays one of neighbouring columns. `damp` is added to the diagonal as a
     share of its mean. A column without any input is rounded to nearest. Rows that would end up
-    worse than rounded to nearest are those of rounding to nearest.
+    worse than what `rtn` gives with the same arguments are its rows.
     """
     mean_KK = hessian.mean()
     nearest = rtn(weight, bits=bits, group_size=group_size, symmetric=symmetric, ranges=ranges)
     order_K = torch.arange(len(mean_KK), device=weight.device)
     if act_order:
         order_K = mean_KK.diagonal().argsort(descending=True, stable=True)
+    factor_KK, square_K = unit_factor(mean_KK[order_K][:, order_K], damp)
     tensor = _walk(
         weight.float().T[order_K].contiguous(),
-        unit_factor(mean_KK[order_K][:, order_K], damp),
+        factor_KK,
+        square_K,
         order_K,
-        nearest,
+        _start(weight, nearest, square_K[order_K.argsort()], ranges),
         block,
         # A column's group is complete when it is reached only where columns keep their order.
         ranges if group_size and not act_order else None,
@@ -148,7 +152,7 @@ def gptq(
     nearest_errors_N = output_errors(weight, nearest, mean_KK)
     is_worse_N = nearest_errors_N <= errors_N
     return GptqResult(
-        tensor=_rows_of(is_worse_N, nearest, tensor),
+        tensor=rows_of(is_worse_N, nearest, tensor),
         objective=float(torch.minimum(errors_N, nearest_errors_N).sum()),
         rtn_objective=float(nearest_errors_N.sum()),
         rtn_rows=int(is_worse_N.sum()),
@@ -158,42 +162,62 @@ def gptq(
 def output_errors(weight: Tensor, tensor: QuantTensor, mean_KK: Tensor) -> Tensor:
     """The mean squared error of every output channel [N], d H d^T, float64."""
     d_NK = weight.float() - tensor.dequantize()
-    return torch.linalg.vecdot((d_NK @ mean_KK).double(), d_NK.double()).clamp_(min=0.0)
+    errors_N: Tensor = torch.linalg.vecdot((d_NK @ mean_KK).double(), d_NK.double())
+    return errors_N.clamp_(min=0.0)
 
 
-def unit_factor(mean_KK: Tensor, damp: float) -> Tensor:
-    """R of H + damping = R R^T, upper triangular, every column divided by its diagonal, float32.
+def unit_factor(mean_KK: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """R of H + damping = R R^T with its columns divided by its diagonal, and the diagonal squared.
 
-    The damping is `damp` times the mean of the diagonal, and grows where the matrix is singular
-    even so.
+    R [K, K] is upper triangular; both are float32. The damping is `damp` times the mean of the
+    diagonal, and grows where the matrix is singular even so.
     """
     flipped_KK = mean_KK.double().flip(0, 1)
-    diagonal_K = flipped_KK.diagonal()
-    share = float(diagonal_K.mean()) or 1.0
+    share = float(flipped_KK.diagonal().mean()) or 1.0
     for attempt in range(MAX_DAMPINGS):
         damped_KK = flipped_KK.clone()
         damped_KK.diagonal().add_(share * damp * DAMP_GROWTH**attempt)
         lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
         if not int(failed):
             upper_KK = lower_KK.flip(0, 1)
-            return (upper_KK / upper_KK.diagonal()).float()
+            diagonal_K = upper_KK.diagonal()
+            unit_KK: Tensor = upper_KK / diagonal_K
+            return unit_KK.float(), diagonal_K.square().float()
     raise ValueError(f"no damping up to {damp * DAMP_GROWTH**attempt:g} makes the matrix regular")
+
+
+def _start(
+    weight: Tensor, nearest: QuantTensor, square_K: Tensor, ranges: RangeMethod
+) -> QuantTensor:
+    """The grid to begin with: where it is searched for, columns count by `square_K`."""
+    if ranges not in ("mse", "mse_signed"):
+        return nearest
+    scale, zero = weight_scales(
+        weight,
+        bits=nearest.bits,
+        group_size=nearest.group_size,
+        symmetric=nearest.zero is None,
+        method=ranges,
+        importance=square_K,
+    )
+    return replace(nearest, scale=scale, zero=zero)
 
 
 def _walk(
     weight_KN: Tensor,
     factor_KK: Tensor,
+    square_K: Tensor,
     order_K: Tensor,
-    nearest: QuantTensor,
+    grid: QuantTensor,
     block: int,
     ranges: RangeMethod | None,
 ) -> QuantTensor:
-    """Round columns in turn; with `ranges` their scales are found on the way, else `nearest`'s."""
-    bits, size = nearest.bits, nearest.group_size
+    """Round columns in turn; with `ranges` scales are found on the way, else those of the grid."""
+    bits, size = grid.bits, grid.group_size
     low, high = integer_range(bits)
     num_columns, num_rows = weight_KN.shape
-    scale_GN = nearest.scale.T.contiguous()
-    zero_GN = None if nearest.zero is None else nearest.zero.T.float()
+    scale_GN = grid.scale.T.contiguous()
+    zero_GN = None if grid.zero is None else grid.zero.T.float()
     moved_KN = weight_KN.clone()
     values_KN = torch.empty_like(weight_KN)
     # Blocks end where groups end: all that a group's scale depends on is then up to date.
@@ -211,6 +235,7 @@ def _walk(
                     group_size=0,
                     symmetric=zero_GN is None,
                     method=ranges,
+                    importance=square_K[index : index + size],
                 )
                 scale_GN[group] = scale[:, 0]
                 if zero_GN is not None and zero is not None:
@@ -227,18 +252,18 @@ def _walk(
                 factor_KK[index, index + 1 : stop, None], error_N[None]
             )
         moved_KN[stop:].addmm_(factor_KK[start:stop, stop:].T, errors_CN)
-    values_NK = torch.empty_like(nearest.values)
+    values_NK = torch.empty_like(grid.values)
     values_NK[:, order_K] = values_KN.T.to(values_NK.dtype)
     return QuantTensor(
         values=values_NK,
         scale=scale_GN.T.contiguous(),
-        zero=None if nearest.zero is None or zero_GN is None else zero_GN.T.to(nearest.zero.dtype),
+        zero=None if grid.zero is None or zero_GN is None else zero_GN.T.to(grid.zero.dtype),
         bits=bits,
         group_size=size,
     )
 
 
-def _rows_of(is_first_N: Tensor, first: QuantTensor, second: QuantTensor) -> QuantTensor:
+def rows_of(is_first_N: Tensor, first: QuantTensor, second: QuantTensor) -> QuantTensor:
     """The rows of `first` where so marked, else those of `second`."""
     is_first_N1 = is_first_N[:, None]
     zero = None
