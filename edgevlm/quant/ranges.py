@@ -277,10 +277,9 @@ class _Search:
     ) -> tuple[Tensor, Tensor]:
         """The scale of the least squared error per group, and the squares that it takes away.
 
-        `low` and `high` [N, G, 1] are the ends of grids that have zeros.
-
         For the integers q of every clipped range, the best scale is <w, q> / <q, q>, and the error
         is <w, w> - <w, q>^2 / <q, q>. Rounding again with that scale can only bring it down.
+        `low` and `high` [N, G, 1] are the ends of grids that have zeros.
         """
         counts_GW = self.counts
         counted_NGW = part_NGW if counts_GW is None else part_NGW * counts_GW
