@@ -7,7 +7,7 @@ last that matches. What a device does not compute is refused here, from its file
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from edgevlm.decisions import Decision
@@ -26,6 +26,11 @@ GROUP_SIZE = 32
 """Group of 4-bit weights where a recipe names none: what the peers ship."""
 
 STATIC_BITS = 16
+
+NEW_OPSET = 21
+
+PROMPT_ROWS = 256
+"""Rows of the prompt that predictions are made for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +144,7 @@ def _decisions(
     for site, scheme in schemes.items():
         part = "prefill" if site.startswith("prefill.") else sites[site].component
         parts.setdefault((part, scheme), []).append(site)
-    decisions = []
+    decisions = _opset_decisions(schemes.values(), device, targets)
     for (part, scheme), members in parts.items():
         numbers = sum(sites[site].numbers for site in members)
         size = sum(scheme.weights.nbytes(sites[site].rows, sites[site].columns) for site in members)
@@ -148,7 +153,9 @@ def _decisions(
             f"{size / 2**20:,.1f} MiB as {scheme}"
         )
         if part == "prefill":
-            effect += ", held beside the weights of decode"
+            effect += ", held beside the weights of decode" + _gain(
+                numbers, scheme, wishes.components.get("decoder"), device, targets
+            )
         asked = f"quantize {part} {scheme.name}"
         refusal = _seen_by_neighbours(asked, scheme, part) or next(
             (
@@ -163,6 +170,63 @@ def _decisions(
             or _applied(asked, scheme, wishes, part, device, targets, members, sites, effect)
         )
     return tuple(decisions)
+
+
+def _opset_decisions(
+    schemes: Iterable[Scheme], device: Device, targets: Sequence[str]
+) -> list[Decision]:
+    """The newer opset that int16, int4 and groups need in forms of standard ops."""
+    if not any(scheme.needs_opset_21 for scheme in schemes):
+        return []
+    newest = device.compile.opset_max.value
+    decisions = []
+    for target in targets:
+        usual = FORMS[target].opset
+        if FORMS[target].rows and usual < NEW_OPSET:
+            is_old = newest < NEW_OPSET
+            decisions.append(
+                Decision(
+                    asked=f"opset {usual} of target {target!r}",
+                    outcome="refused" if is_old else "degraded",
+                    reason=f"int16, int4 and groups need opset {NEW_OPSET}"
+                    + (f", {device.name} loads opset {newest} at most" if is_old else ""),
+                    effect="choose w8a8 or fp8 per channel"
+                    if is_old
+                    else f"graphs are opset {NEW_OPSET}",
+                )
+            )
+    return decisions
+
+
+def _gain(
+    numbers: int,
+    scheme: Scheme,
+    other: SchemeOptions | None,
+    device: Device,
+    targets: Sequence[str],
+) -> str:
+    """What weights of their own save a prompt, predicted from the device's best speeds."""
+    usual = None if other is None else scheme_of(other, device, targets)
+    speeds = [device.peak.get(_speed_of(candidate)) for candidate in (scheme, usual)]
+    if speeds[0] is None or speeds[1] is None:
+        return ""
+    ours, theirs = (
+        2e3 * PROMPT_ROWS * numbers / speed.base for speed in speeds if speed is not None
+    )
+    return (
+        f"; predicted from {device.name}'s peaks, {PROMPT_ROWS} rows take {ours:,.0f} ms of "
+        f"products instead of {theirs:,.0f}"
+    )
+
+
+def _speed_of(scheme: Scheme | None) -> str:
+    """The key of a device's peaks that says how fast a scheme's products are."""
+    if scheme is None:
+        return "float32"
+    activations = scheme.activations
+    if activations is not None and activations.dtype == "int8" and not scheme.weights.group_size:
+        return "int8"
+    return "int4" if scheme.weights.dtype == "int4" else "float32"
 
 
 def _applied(

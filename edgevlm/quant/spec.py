@@ -75,6 +75,13 @@ class Scheme:
     weights: WeightQuant
     activations: ActivationQuant | None = None
 
+    @property
+    def needs_opset_21(self) -> bool:
+        """Whether QuantizeLinear and DequantizeLinear of opset 19 cannot say it."""
+        activations = "" if self.activations is None else self.activations.dtype
+        is_new = self.weights.dtype in ("int4", "int16") or activations == "int16"
+        return is_new or self.weights.group_size > 0
+
     def __str__(self) -> str:
         """Format as `w4a16 group:32`, with the scales of the activations where there are any."""
         scales = "" if self.activations is None else f" {self.activations.scales}"

@@ -11,6 +11,8 @@ from edgevlm_export.emit import Emitter
 
 Array = np.ndarray  # any dtype
 
+_ROUNDED = "edgevlm.rounded"  # key of graph.meta: rounded inputs by what they were rounded with
+
 
 def lazy(
     emit: Emitter,
@@ -34,6 +36,17 @@ def lazy(
     return emit.initializer(
         name, lambda: ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
     )
+
+
+def once(emit: Emitter, key: str, make: Callable[[], tuple[ir.Value, ...]]) -> tuple[ir.Value, ...]:
+    """What the first call with this key made of the graph: maps that read one input round it once.
+
+    Nodes of the first are before those of the others, because graphs are lowered in their order.
+    """
+    known: dict[str, tuple[ir.Value, ...]] = emit.graph.meta.setdefault(_ROUNDED, {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def blocked(values: Array, size: int) -> Array:

@@ -9,7 +9,7 @@ changes with the rows beside it. Maps that read the same rows share the rounding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,12 +17,11 @@ import onnx_ir as ir
 from edgevlm_export.emit import Emitter
 from edgevlm_export.errors import ExportError
 from edgevlm_export.ops.op import MICROSOFT, attribute, static_dims, tensors
-from edgevlm_export.ops.packing import blocked, lazy, pack_bits
+from edgevlm_export.ops.packing import blocked, lazy, once, pack_bits
 
 CHANNEL_BLOCK = 128
 """Block of weights that have one scale a channel: repeated, and few enough of them."""
 
-_ROUNDED = "edgevlm.rounded"  # key of graph.meta: rounded rows by the name of what was rounded
 _LEAST = np.float32(1e-30)
 
 
@@ -151,7 +150,7 @@ def _static(
         return (emit.one("QuantizeLinear", x, scale, shift, part="rounded"),)
 
     key = f"{x.name} {scale.name} {shift.name}"
-    return _once(emit, key, make)[0], scale, shift
+    return once(emit, key, make)[0], scale, shift
 
 
 def _rounded_rows(emit: Emitter, x: ir.Value) -> tuple[ir.Value, ...]:
@@ -166,14 +165,4 @@ def _rounded_rows(emit: Emitter, x: ir.Value) -> tuple[ir.Value, ...]:
         one, shift = emit.constant(np.float32(1)), emit.constant(np.uint8(128))
         return emit.one("QuantizeLinear", whole, one, shift, part="rounded"), steps
 
-    return _once(emit, f"{x.name} rows", make)
-
-
-def _once(
-    emit: Emitter, key: str, make: Callable[[], tuple[ir.Value, ...]]
-) -> tuple[ir.Value, ...]:
-    """What the first call with this key made."""
-    known: dict[str, tuple[ir.Value, ...]] = emit.graph.meta.setdefault(_ROUNDED, {})
-    if key not in known:
-        known[key] = make()
-    return known[key]
+    return once(emit, f"{x.name} rows", make)

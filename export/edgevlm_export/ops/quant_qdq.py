@@ -15,7 +15,7 @@ import onnx_ir as ir
 from edgevlm_export.emit import Emitter
 from edgevlm_export.errors import ExportError
 from edgevlm_export.ops.op import DOMAIN, attribute, static_dims, tensors
-from edgevlm_export.ops.packing import lazy
+from edgevlm_export.ops.packing import lazy, once
 
 _FLOAT8 = {
     "float8_e4m3fn": (ir.DataType.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn),
@@ -84,8 +84,12 @@ def rounded(
         assert x_zero is not None
         assert x_zero.const_value is not None
         shift = emit.constant(_INT[dtype](int(x_zero.const_value.numpy())))
-    small = emit.one("QuantizeLinear", x, scale, shift, part="quantize")
-    return emit.one("DequantizeLinear", small, scale, shift, part="dequantize")
+
+    def make() -> tuple[ir.Value, ...]:
+        small = emit.one("QuantizeLinear", x, scale, shift, part="quantize")
+        return (emit.one("DequantizeLinear", small, scale, shift, part="dequantize"),)
+
+    return once(emit, f"{x.name} {scale.name} {shift.name}", make)[0]
 
 
 def _weights(
