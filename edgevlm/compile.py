@@ -35,9 +35,10 @@ from edgevlm.evidence.sites import site_evidence
 from edgevlm.evidence.witness import Witness
 from edgevlm.families.text_spec import tokenizer_json
 from edgevlm.graphs import manifest_variant, write_graphs
+from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Vlm
 from edgevlm.passes.base import Applied, Context
-from edgevlm.passes.quantize import Quantize
+from edgevlm.passes.quantize import Quantize, scheme_from
 from edgevlm.passes.stages import chain, run_stages
 from edgevlm.plan import Plan, VariantPlan, image_choices, make_plan, recipe_device
 from edgevlm.progress import Progress, Silent
@@ -146,8 +147,9 @@ class Job:
             evidence["sites"] = self.cache.json(
                 "sites", key, lambda: self._site_evidence(climb.exam, below.float_answers)
             )
+        spec = self._spec_after(changes["changes"])
         audits = {
-            variant.target: self._audits(variant, staging, files_key)
+            variant.target: self._audits(variant, spec, staging, files_key)
             for variant in self.plan.variants
         }
         provenance |= {"evidence": evidence, "audit": audits}
@@ -166,7 +168,18 @@ class Job:
         self.release()
         return found
 
-    def _audits(self, variant: VariantPlan, staging: Path, files_key: str) -> list[dict[str, Any]]:
+    def _spec_after(self, changes: Sequence[Mapping[str, Any]]) -> VlmSpec:
+        """The plan's spec, with the schemes that were given: a budget may have chosen others."""
+        spec = self.plan.spec
+        for change in changes:
+            if change["schemes"]:
+                given = change["schemes"].items()
+                spec = replace(spec, schemes={site: scheme_from(data) for site, data in given})
+        return spec
+
+    def _audits(
+        self, variant: VariantPlan, spec: VlmSpec, staging: Path, files_key: str
+    ) -> list[dict[str, Any]]:
         """What ran of each graph; raises EvidenceError where a recipe is strict and it differs."""
         steps = [step for step in self.recipe.passes if isinstance(step, Quantize)]
         if not steps:
@@ -179,7 +192,7 @@ class Job:
             audits = []
             with self.progress.stage(f"audit: {variant.target}", len(made.graphs)) as advance:
                 for graph in made.graphs:
-                    audits.append(audit_of(self.plan.spec, made, graph, staging).to_json())
+                    audits.append(audit_of(spec, made, graph, staging).to_json())
                     advance(1)
             return {"graphs": audits}
 
@@ -283,7 +296,7 @@ class Job:
 
     def climb(self) -> Climb:
         """What is asked of every rung, and the bounds it is held to."""
-        bounds = limits(self.recipe.evidence, quantized=bool(self.plan.spec.schemes))
+        bounds = limits(self.recipe.evidence, quantized=self.plan.spec.is_quantized)
         exam = self.asked.exam()
         return Climb(exam=exam, bounds=bounds, cache=self.cache, progress=self.progress)
 

@@ -72,11 +72,12 @@ def shares_table(spec: VlmSpec, form: str) -> bool:
 
 
 def weight_bytes(spec: VlmSpec, *roots: str) -> int:
-    """Bytes of the weights under these roots of sites (`vision`, `decoder.head`), as stored."""
+    """Bytes of the weights under these roots of sites (`vision`, `prefill.layers`), as stored."""
     total = 0
     for site, linear in linear_sites(spec).items():
         for root in roots:
-            named = site.replace("decoder.", "prefill.", 1) if root == "prefill" else site
+            is_prompt = root.startswith("prefill")
+            named = site.replace("decoder.", "prefill.", 1) if is_prompt else site
             if named == root or named.startswith(f"{root}."):
                 scheme = spec.schemes.get(named)
                 size = linear.rows, linear.columns

@@ -236,6 +236,12 @@ class VlmSpec:
         """Whether prompts have weights of their own."""
         return any(site.startswith("prefill.") for site in self.schemes)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any linear map, any cache or the table is."""
+        caches = [layer.attention.kv for layer in self.decoder.layers]
+        return bool(self.schemes) or self.table is not None or any(caches)
+
     def image_tokens(self, grid: tuple[int, int]) -> int:
         """Rows of the decoder that one picture (or tile) of that grid becomes."""
         height, width = grid

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from edgevlm.errors import PassError
 from edgevlm.passes.base import Change, Context, Foresight, Pass
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ class FoldNorms(Pass):
 
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Shapes and outputs stay as they are."""
+        if spec.schemes:
+            raise PassError(
+                "the maps that read norms are quantized already",
+                name=self.name,
+                hint="put fold_norms before quantize",
+            )
         return Foresight(spec=spec, effect="weights change, shapes and outputs do not")
 
     def apply(self, model: Vlm, context: Context) -> Change:

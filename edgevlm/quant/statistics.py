@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from edgevlm.quant.gptq import Hessian
@@ -53,23 +52,19 @@ class Statistics:
 
     def __init__(self, site: str, columns: int, wanted: Wanted) -> None:
         """Start with nothing seen."""
-        self.range = ActivationRange(site) if wanted.ranges else None
-        self.products = Hessian(columns) if wanted.products else None
-        self._sum = torch.zeros(columns, dtype=torch.float64) if wanted.means else None
-        self._count = 0
+        self._has_means = wanted.means
+        self.range = ActivationRange(site) if wanted.ranges or wanted.means else None
+        self.products = Hessian(columns, site=site) if wanted.products else None
 
     def update(self, x: Tensor) -> None:
         """Look at an input."""
         rows = x.flatten(0, -2)
-        self._count += len(rows)
         if self.range is not None:
             self.range.update(rows)
         if self.products is not None:
             self.products.update(rows)
-        if self._sum is not None:
-            self._sum += rows.double().sum(dim=0)
 
     @property
     def mean(self) -> Tensor | None:
-        """The mean input [K], float32."""
-        return None if self._sum is None else (self._sum / max(1, self._count)).float()
+        """The mean input [K], float32; raises PassError where the samples never got there."""
+        return self.range.channel_mean if self._has_means and self.range is not None else None
