@@ -16,8 +16,10 @@ from edgevlm.model.graphs import ModelGraph
 from edgevlm_export.taps import tapped_sites, with_outputs
 
 
-def find_fault(made: ModelGraph, path: Path) -> Divergence | None:
+def find_fault(made: ModelGraph, path: Path, engine: Mapping[str, str]) -> Divergence | None:
     """Return the first site of a written graph that diverges from its module, if one does.
+
+    `engine` are the options that the graph's engine is given.
 
     Both sides run the module's examples: seeded rows over a cache that already holds some, so that
     positions and state count.
@@ -31,18 +33,25 @@ def find_fault(made: ModelGraph, path: Path) -> Divergence | None:
 
     def measure(wanted: Sequence[str]) -> dict[str, float]:
         reference = site_outputs(made.module, wanted, lambda: made.module(*made.examples))
-        (found,) = tapped_runs(path, wanted, [inputs])
+        (found,) = tapped_runs(path, wanted, [inputs], engine)
         return site_errors(reference, found)
 
     return first_divergence(sites, measure)
 
 
 def tapped_runs(
-    path: Path, values: Sequence[str], calls: Sequence[Mapping[str, NDArray[np.generic]]]
+    path: Path,
+    values: Sequence[str],
+    calls: Sequence[Mapping[str, NDArray[np.generic]]],
+    engine: Mapping[str, str],
 ) -> list[dict[str, NDArray[np.float32]]]:
-    """Run a copy of a written graph whose outputs are these values; return them for each call."""
+    """Run a copy of a written graph whose outputs are these values; return them for each call.
+
+    With the options of its engine: with others, other kernels would run.
+    """
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for name, value in engine.items():
+        options.add_session_config_entry(name, value)
     if not _rounds_blocks(ir.load(path)):
         # Packed copies of the weights would double the memory, for one run.
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -27,6 +27,7 @@ from edgevlm.graphs import graph_file, module_of
 from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Vlm
 from edgevlm.plan import VariantPlan
+from edgevlm_export.targets import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,9 +142,9 @@ def _locate(subject: Subject, variant: VariantPlan, folder: Path) -> Divergence 
     """Bisect the graphs of a variant in the order in which they run."""
     model = subject.model(None)
     for planned in variant.graphs:
-        found = find_fault(
-            module_of(model, variant, planned), folder / graph_file(variant, planned)
-        )
+        path = folder / graph_file(variant, planned)
+        engine = TARGETS[variant.target].engine.options
+        found = find_fault(module_of(model, variant, planned), path, engine)
         if found is not None:
             return found
     return None

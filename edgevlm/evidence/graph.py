@@ -84,7 +84,7 @@ class GraphWitness:
                 {spec.name: as_input(feed[spec.source], spec) for spec in graph.inputs}
                 for feed in image.feeds
             ]
-            for outputs in tapped_runs(path, wanted, calls):
+            for outputs in tapped_runs(path, wanted, calls, graph.engine.options):
                 tokens = outputs[wanted[0]]
                 projector.append(tokens.reshape(-1, tokens.shape[-1]))
                 # A projector that reads several values has no one input to compare.

@@ -17,11 +17,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from edgevlm.document import Complaint
+from edgevlm.errors import PassError
 from edgevlm.passes.base import Change, Context, Foresight, Pass
-from edgevlm.quant.memory import cache_decisions, shaped, table_decisions
-from edgevlm.quant.options import KvOptions, SchemeOptions, SiteOptions, TableOptions
+from edgevlm.quant.memory import budget_decisions, cache_decisions, shaped, table_decisions
+from edgevlm.quant.options import (
+    BudgetOptions,
+    KvOptions,
+    SchemeOptions,
+    SiteOptions,
+    TableOptions,
+)
 
 if TYPE_CHECKING:
     from edgevlm.model.spec import Scheme, VlmSpec
@@ -49,6 +57,9 @@ class Quantize(Pass):
     kv: KvOptions | None = Field(None, description="The cache of keys and values.")
     embedding: TableOptions | None = Field(None, description="The table of token embeddings.")
     sites: tuple[SiteOptions, ...] = Field((), description="Rules for single sites, last wins.")
+    budget: BudgetOptions | None = Field(
+        None, description="Raise the sites that do most harm, as far as a budget goes."
+    )
     bias_correction: bool = Field(
         False, description="Add to biases what rounding takes from the mean of an output."
     )
@@ -56,15 +67,40 @@ class Quantize(Pass):
         False, description="Fail the compile where the audit finds another precision than asked."
     )
 
+    @model_validator(mode="after")
+    def _budget_has_one_phase(self) -> Quantize:
+        if self.budget is not None and self.prefill is not None:
+            raise Complaint(
+                "a budget is for one set of weights, and prefill has its own",
+                hint="remove prefill, or budget",
+                key="budget",
+            )
+        return self
+
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """The schemes of all sites; kernels that the device lacks are refused."""
+        if spec.is_quantized:
+            raise PassError(
+                "the model is quantized already", name=self.name, hint="make one of the two passes"
+            )
         assignment = self.assign(spec, context)
+        if not (assignment.schemes or self.kv or self.embedding):
+            raise PassError(
+                "it names nothing to quantize",
+                name=self.name,
+                hint="name a scheme for vision, projector, decoder or head, or remove the pass",
+            )
+        caches = cache_decisions(self.kv, spec, context.targets)
+        # A cache that no step can keep has no plan; its decision says so.
+        is_refused = any(decision.outcome == "refused" for decision in caches)
+        kv = None if is_refused else self.kv
         return Foresight(
-            spec=self._shaped(spec, assignment.schemes),
+            spec=shaped(spec, assignment.schemes, kv, self.embedding),
             effect=f"{len(assignment.schemes)} linear maps quantized",
             decisions=(
                 *assignment.decisions,
-                *cache_decisions(self.kv, spec, context.targets),
+                *caches,
+                *budget_decisions(self.budget, assignment, spec),
                 *table_decisions(self.embedding, spec, assignment.schemes.get("decoder.head")),
             ),
         )
@@ -83,6 +119,19 @@ class Quantize(Pass):
         from edgevlm.quant.engine import quantize_model
 
         assignment = self.assign(model.spec, context)
+        solved: dict[str, float] = {}
+        if self.budget is not None:
+            from edgevlm.quant.budget import solve_budget
+
+            found = solve_budget(
+                model,
+                self._shaped(model.spec, assignment.schemes),
+                assignment,
+                self.budget,
+                context,
+            )
+            assignment = found.assignment
+            solved = {"harm": found.harm, "accuracy_drop": found.drop}
         measures = quantize_model(
             model,
             self._shaped(model.spec, assignment.schemes),
@@ -93,10 +142,16 @@ class Quantize(Pass):
         skipped = dict(assignment.skipped)
         if model.spec.vision.pixels != "patches":
             skipped["vision.embed.patch"] = PATCHES
+        sites = list(assignment.schemes)
+        if self.kv is not None:
+            layers = range(len(model.spec.decoder.layers))
+            sites += [f"decoder.layers.{index}.attention.core" for index in layers]
+        if self.embedding is not None:
+            sites.append("embedding")
         return Change(
-            sites=tuple(assignment.schemes),
+            sites=tuple(sites),
             skipped=skipped,
-            measures=measures,
+            measures={**measures, **solved},
             schemes={site: asdict(scheme) for site, scheme in assignment.schemes.items()},
         )
 

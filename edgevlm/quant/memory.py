@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgevlm.decisions import Decision
-from edgevlm.quant.options import KvOptions, TableOptions
+from edgevlm.quant.options import BudgetOptions, KvOptions, TableOptions
 from edgevlm.quant.spec import DTYPE_BITS, Scheme, WeightQuant
 
 if TYPE_CHECKING:
     from edgevlm.model.spec import VlmSpec
+    from edgevlm.quant.assign import Assignment
 
-__all__ = ["cache_decisions", "shaped", "table_decisions", "table_scheme"]
+__all__ = ["budget_decisions", "cache_decisions", "shaped", "table_decisions", "table_scheme"]
 
 
 def shaped(
@@ -72,6 +73,42 @@ def cache_decisions(kv: KvOptions | None, spec: VlmSpec, targets: Sequence[str])
             reason="scales are constants from calibration",
             effect=f"a row takes {numbers * DTYPE_BITS[kv.dtype] // 8:,} bytes of the cache "
             f"instead of {4 * numbers:,}",
+        )
+    ]
+
+
+def budget_decisions(
+    budget: BudgetOptions | None, assignment: Assignment, spec: VlmSpec
+) -> list[Decision]:
+    """What a budget can come to, before anything is measured."""
+    from edgevlm.quant.sites import linear_sites
+
+    if budget is None:
+        return []
+    sites = linear_sites(spec)
+    shapes = {site: (sites[site].rows, sites[site].columns) for site in assignment.schemes}
+    least = sum(assignment.schemes[site].weights.nbytes(*shapes[site]) for site in shapes) / 2**20
+    if budget.max_mib is not None and budget.max_mib < least:
+        return [
+            Decision(
+                asked=f"budget of {budget.max_mib:g} MiB",
+                outcome="refused",
+                reason=f"the coarsest schemes take {least:,.1f} MiB",
+                effect=f"set budget.max_mib to at least {least:.1f}, or ask for fewer bits",
+            )
+        ]
+    bound = (
+        f"at most {budget.max_mib:g} MiB"
+        if budget.max_mib is not None
+        else f"at most {budget.max_accuracy_drop or 0.0:.1%} of the calibration samples lost"
+    )
+    choices = ", ".join(wish if isinstance(wish, str) else wish.scheme for wish in budget.finer)
+    return [
+        Decision(
+            asked=f"budget: {bound}",
+            outcome="applied",
+            reason=f"{len(shapes)} sites may be raised to {choices}",
+            effect=f"linear maps take {least:,.1f} MiB or more, as calibration decides",
         )
     ]
 

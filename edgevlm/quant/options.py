@@ -11,9 +11,17 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from edgevlm.document import Complaint, Options
+from edgevlm.document import Complaint, Options, show
 
-__all__ = ["CalibrationOptions", "KvOptions", "SchemeOptions", "SiteOptions", "TableOptions"]
+__all__ = [
+    "FLOAT",
+    "BudgetOptions",
+    "CalibrationOptions",
+    "KvOptions",
+    "SchemeOptions",
+    "SiteOptions",
+    "TableOptions",
+]
 
 
 def _or_a_name(key: str) -> ConfigDict:
@@ -28,6 +36,9 @@ def _or_a_name(key: str) -> ConfigDict:
 
 
 SchemeName = Literal["w4a16", "w4a8", "w8a16", "w8a8", "w16a16", "fp8"]
+FLOAT = "float"
+"""The choice of a budget that leaves a site as it is."""
+
 Method = Literal["rtn", "hqq", "gptq"]
 
 
@@ -76,6 +87,8 @@ class SchemeOptions(Options):
                 hint="remove instead",
                 key="instead",
             )
+        if self.scheme == "fp8":
+            self._has_no_grid()
         if self.activations is not None and not self.scheme.endswith(("a8", "fp8")):
             raise Complaint(
                 f"{self.scheme} rounds activations to 16 bits or not at all: activations "
@@ -84,6 +97,17 @@ class SchemeOptions(Options):
                 key="activations",
             )
         return self
+
+    def _has_no_grid(self) -> None:
+        """Refuse what is about integers, which are evenly spaced."""
+        for key, usual in (("symmetric", True), ("method", "rtn"), ("ranges", "minmax")):
+            value = getattr(self, key)
+            if value != usual:
+                raise Complaint(
+                    f"{key} {show(value)} is about integers, and fp8 has none",
+                    hint=f"remove {key}",
+                    key=key,
+                )
 
 
 class KvOptions(Options):
@@ -126,11 +150,43 @@ class SiteOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _is_a_mapping(cls, data: object) -> object:
-        if isinstance(data, Mapping) and ("scheme" in data) == ("skip" in data):
+        if isinstance(data, Mapping) and (
+            (data.get("scheme") is None) == (data.get("skip") is None)
+        ):
             raise Complaint(
                 "a site rule has either a scheme or skip", hint="write skip: REASON, or a scheme"
             )
         return data
+
+
+class BudgetOptions(Options):
+    """Mixed precision: sites may be raised to finer schemes, as far as a budget goes."""
+
+    finer: tuple[SchemeOptions | Literal["float"], ...] = Field(
+        ("w8a16", "float"),
+        min_length=1,
+        validate_default=True,
+        description="What a site may be raised to, besides the scheme of its component.",
+    )
+    max_mib: float | None = Field(
+        None, gt=0, description="All linear maps together take at most so much; least harm in it."
+    )
+    max_accuracy_drop: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="The share of calibration samples that may be lost; fewest bytes for it.",
+    )
+    samples: int = Field(12, ge=1, le=1000, description="Samples that harm is measured on.")
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> BudgetOptions:
+        if (self.max_mib is None) == (self.max_accuracy_drop is None):
+            raise Complaint(
+                "a budget has one bound: max_mib or max_accuracy_drop",
+                hint="name one of the two",
+            )
+        return self
 
 
 class CalibrationOptions(Options):
