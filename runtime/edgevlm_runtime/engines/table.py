@@ -56,7 +56,7 @@ class QuantizedTable(EmbeddingTable):
     def __init__(self, codes: Array, scales: Array, *, bits: int, width: int) -> None:
         """Hold the mapped arrays uint8 [V, B, bytes] and float32 [V, B]; W is at most B blocks."""
         super().__init__(codes)
-        self._scales, self._width = scales, width
+        self._scales, self._width = scales[:, :, None], width
         byte, zero = np.arange(256), 1 << (bits - 1)
         halves = [byte & 15, byte >> 4] if bits == 4 else [byte]
         # What a byte stands for, one or two numbers, taken as one item: a look-up for each byte.
@@ -68,18 +68,17 @@ class QuantizedTable(EmbeddingTable):
         ids = np.asarray(tokens)
         for token in (ids.min(), ids.max()):
             self._check(int(token))
-        return self._restored(self._table[ids], self._scales[ids])
+        numbers: Array = self._numbers.take(self._table[ids]).view(np.float32)
+        numbers *= self._scales[ids]
+        return numbers.reshape(len(ids), -1)[:, : self._width]
 
     def row(self, token: int) -> Array:
         """The embedding float32 [1, W] of one token."""
         self._check(token)
-        return self._restored(self._table[token : token + 1], self._scales[token : token + 1])
-
-    def _restored(self, codes: Array, scales: Array) -> Array:
-        """Codes [T, B, bytes] and scales [T, B] as numbers [T, W]."""
-        numbers: Array = self._numbers.take(codes).view(np.float32)
-        numbers *= scales[:, :, None]
-        return numbers.reshape(len(codes), -1)[:, : self._width]
+        # As few calls of numpy as there can be: this is done for every token.
+        numbers: Array = self._numbers.take(self._table[token]).view(np.float32)
+        numbers *= self._scales[token]
+        return numbers.reshape(1, -1)[:, : self._width]
 
 
 def open_table(bundle: Bundle, graph: GraphSpec) -> EmbeddingTable:
