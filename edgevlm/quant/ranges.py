@@ -170,7 +170,7 @@ class ActivationRange:
     def percentile(self, share: float = 99.99) -> tuple[float, float]:
         """Ends, at edges of bins, that leave out at most 100 - `share` percent on either side."""
         low, high = self.minmax()
-        allowed = float(self._counts_B.sum()) * (1 - share / 100)
+        allowed = int(int(self._counts_B.sum()) * (100 - share) / 100)
         num_below = int((self._counts_B.cumsum(0) <= allowed).sum())
         num_above = int((self._counts_B.flip(0).cumsum(0) <= allowed).sum())
         half, width = NUM_BINS // 2, self._bin_width
