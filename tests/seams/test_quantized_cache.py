@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -150,6 +151,21 @@ def test_a_fork_is_exact_and_independent(case: Case) -> None:
     two = [fork.extend([token]).logits.copy() for token in TOKENS[20:24]]
     np.testing.assert_array_equal(one, two)
     assert np.abs(other[0] - one[0]).max() > 100 * TOLERANCE
+
+
+def test_static_graphs_are_standard_onnx(case: Case) -> None:
+    """float8 needs opset 19 for its pairs, which is that of the form."""
+    for graph in case.bundle.variant.graphs[1:]:
+        path = case.bundle.path / graph.file
+        proto = onnx.load(path, load_external_data=False)
+        domains = {entry.domain: entry.version for entry in proto.opset_import}
+        if case.bundle.variant.target == "static":
+            onnx.checker.check_model(str(path), full_check=True)
+            assert domains == {"": 19}
+        else:
+            assert domains["com.microsoft"] == 1
+        ops = {node.op_type for node in proto.graph.node}
+        assert ("ScatterND" in ops) == (graph.name == "prefill")
 
 
 def test_buffers_are_those_of_the_plan(case: Case) -> None:
