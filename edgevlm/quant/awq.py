@@ -12,7 +12,7 @@ inputs are kept. Who takes the division by s, a norm or the map before, is up to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,18 @@ NUM_EXPONENTS = 20
 # Rows that every candidate is tried on, and candidates that are then tried on all.
 NUM_SAMPLE_ROWS = 128
 NUM_FINALISTS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AwqScale:
+    """The best scale [K] of an input that was found, float32; all ones where none was better.
+
+    The objectives are the mean squared errors of all outputs of all maps, with it and without.
+    """
+
+    scale: Tensor
+    objective: float
+    rtn_objective: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,19 +71,18 @@ def awq(
 ) -> AwqResult:
     """Search the scale of the input [K] that all of `weights` [N, K] read, then clip groups.
 
-    Ranges that are searched for weigh columns by the mean square of their inputs. Candidates are
-    compared on evenly spaced rows, the best of them and none at all on all rows. The result is
-    never worse than rounding to nearest.
+    The result is never worse than rounding to nearest.
     """
+    found = awq_scale(
+        weights,
+        hessian,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        ranges=ranges,
+    )
     grid = _Grid(bits, group_size, symmetric, ranges)
-    mean_KK = hessian.mean()
-    sample = _sample(weights)
-    candidates = [torch.ones_like(mean_KK[0]), *_candidates(weights, hessian, group_size)]
-    scores = [grid.error(sample, mean_KK, scale) for scale in candidates]
-    ranked = sorted(range(1, len(candidates)), key=scores.__getitem__)
-    finalists = [candidates[0], *(candidates[index] for index in ranked[:NUM_FINALISTS])]
-    errors = [sum(grid.error(weight, mean_KK, scale) for weight in weights) for scale in finalists]
-    scale = finalists[errors.index(min(errors))]
+    mean_KK, scale = hessian.mean(), found.scale
     divided = hessian.divided(scale)
     divided_KK = divided.mean()
     scaled = [weight.float() * scale for weight in weights]
@@ -87,11 +98,43 @@ def awq(
     rtn_objective = _total_error(weights, nearest, mean_KK)
     is_better = objective < rtn_objective
     return AwqResult(
-        scale=scale if is_better else candidates[0],
+        scale=scale if is_better else torch.ones_like(scale),
         tensors=tuple(tensors if is_better else nearest),
         objective=min(objective, rtn_objective),
         rtn_objective=rtn_objective,
         kept="awq" if is_better else "rtn",
+    )
+
+
+def awq_scale(
+    weights: Sequence[Tensor],
+    hessian: Hessian,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    ranges: RangeMethod = "minmax",
+    pooled: Callable[[Tensor], Tensor] = lambda size_K: size_K,
+) -> AwqScale:
+    """Search the scale of the input [K] that all of `weights` [N, K] read, and round nothing.
+
+    Ranges that are searched for weigh columns by the mean square of their inputs. Candidates are
+    compared on evenly spaced rows, the best of them and none at all on all rows. `pooled` gives
+    columns that can only be scaled alike one size [K], of the sizes that they have.
+    """
+    grid = _Grid(bits, group_size, symmetric, ranges)
+    mean_KK = hessian.mean()
+    sample = _sample(weights)
+    inputs_K = pooled(hessian.channel_absmean)
+    weights_K = pooled(_mean_size(weights, group_size))
+    candidates = [torch.ones_like(inputs_K), *_candidates(inputs_K, weights_K)]
+    scores = [grid.error(sample, mean_KK, scale) for scale in candidates]
+    ranked = sorted(range(1, len(candidates)), key=scores.__getitem__)
+    finalists = [candidates[0], *(candidates[index] for index in ranked[:NUM_FINALISTS])]
+    errors = [sum(grid.error(weight, mean_KK, scale) for weight in weights) for scale in finalists]
+    objective = min(errors)
+    return AwqScale(
+        scale=finalists[errors.index(objective)], objective=objective, rtn_objective=errors[0]
     )
 
 
@@ -132,10 +175,9 @@ def _total_error(
     return sum(float(output_errors(weight, tensor, mean_KK).sum()) for weight, tensor in pairs)
 
 
-def _candidates(weights: Sequence[Tensor], hessian: Hessian, group_size: int) -> Iterator[Tensor]:
+def _candidates(inputs_K: Tensor, weights_K: Tensor) -> Iterator[Tensor]:
     """Scales [K]: powers of the inputs' mean size, alone and over powers of the weights' mean."""
-    inputs_K = _without_zeros(hessian.channel_absmean)
-    weights_K = _without_zeros(_mean_size(weights, group_size))
+    inputs_K, weights_K = _without_zeros(inputs_K), _without_zeros(weights_K)
     for step in range(1, NUM_EXPONENTS + 1):
         exponent = step / NUM_EXPONENTS
         yield _centred(inputs_K**exponent)
