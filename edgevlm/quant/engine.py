@@ -95,10 +95,9 @@ class Job:
             for site, scheme in spec.schemes.items()
         }
         sites = linear_sites(spec)
+        # What a map reads in the decoder, its twin reads in the one for prompts.
         self._readers = {
-            site: site.replace(name, sites[name].reader, 1)
-            for site in spec.schemes
-            for name in [site.replace("prefill.", "decoder.", 1)]
+            site: sites[site.replace("prefill.", "decoder.", 1)].reader for site in spec.schemes
         }
         self._kv = spec.decoder.layers[0].attention.kv
         self.cases: Sequence[CalibrationCase] = ()

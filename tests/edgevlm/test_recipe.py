@@ -161,7 +161,8 @@ def test_dump_reads_back() -> None:
         (
             MINIMAL + "<<: {seed: 1}\n",
             "recipe.yaml:3:1: unknown key '<<'\n  hint: choose from 'model', 'revision', 'device', "
-            "'targets', 'dtype', 'passes', 'image', 'context', 'generation', 'evidence', 'seed'",
+            "'targets', 'dtype', 'passes', 'calibration', 'image', 'context', 'generation', "
+            "'evidence', 'seed'",
         ),
         (
             MINIMAL + "seed: !!python/name:os.system 1\n",
