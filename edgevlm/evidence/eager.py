@@ -26,7 +26,7 @@ def eager_witness(
     belong to the same rows as the parent's. Where the best token of every row is the parent's, that
     *is* our greedy answer; else the answer is generated.
     """
-    vision, projector = _pictures(model, question, parent)
+    vision, projector, chained = _pictures(model, question, parent)
     token_ids = torch.from_numpy(question.prompt.token_ids)
     visual = np.concatenate(parent.projector) if parent.projector else None
     rows = model.embed(token_ids, None if visual is None else torch.from_numpy(visual))
@@ -38,7 +38,9 @@ def eager_witness(
     if best != parent.answer:
         start = positions(question, 0)
         answer = _greedy(model, rows, start, len(parent.answer), end_tokens)
-    return Witness(vision=vision, projector=projector, answer=answer, logits=logits_RV)
+    return Witness(
+        vision=vision, projector=projector, answer=answer, logits=logits_RV, chained=chained
+    )
 
 
 def positions(question: Question, num_answered: int) -> Tensor:
@@ -57,9 +59,11 @@ def pixels_of(feed: Mapping[str, NDArray[Any]]) -> Tensor:
 
 def _pictures(
     model: Vlm, question: Question, parent: Witness
-) -> tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]:
+) -> tuple[tuple[NDArray[np.float32], ...], ...]:
+    """Features, visual tokens of the parent's features, and visual tokens of these."""
     vision: list[NDArray[np.float32]] = []
     projector: list[NDArray[np.float32]] = []
+    chained: list[NDArray[np.float32]] = []
     for image in question.images:
         grid = image.layout.grid or model.spec.vision.grids[0]
         tables = grid_tables(model.spec.vision, grid)
@@ -71,7 +75,8 @@ def _pictures(
                 given = features
             vision.append(features.flatten(0, -2).numpy())
             projector.append(model.projector(given, grid).flatten(0, -2).numpy())
-    return tuple(vision), tuple(projector)
+            chained.append(model.projector(features, grid).flatten(0, -2).numpy())
+    return tuple(vision), tuple(projector), tuple(chained)
 
 
 def _greedy(

@@ -71,7 +71,10 @@ def compare(
 
     Ties are counted and shown, and no gate fails on them.
     """
-    vision, projector = (_tensors(reference, ours, part) for part in ("vision", "projector"))
+    vision = _tensors(reference, ours, "vision", "vision")
+    # A graph of both components feeds its projector itself.
+    is_graph = kind == "graph" and any(witness.chained for witness in reference)
+    projector = _tensors(reference, ours, "chained" if is_graph else "projector", "projector")
     decoder = None
     if all(len(witness.logits) for witness in ours):
         decoder = logits_agreement([w.logits for w in reference], [w.logits for w in ours])
@@ -102,8 +105,8 @@ def compare(
 
 
 def _tensors(
-    reference: Sequence[Witness], ours: Sequence[Witness], part: str
+    reference: Sequence[Witness], ours: Sequence[Witness], theirs: str, part: str
 ) -> TensorAgreement | None:
-    want = [array for witness in reference for array in getattr(witness, part)]
+    want = [array for witness in reference for array in getattr(witness, theirs)]
     got = [array for witness in ours for array in getattr(witness, part)]
     return tensor_agreement(want, got) if want and got else None

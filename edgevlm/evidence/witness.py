@@ -18,6 +18,10 @@ from edgevlm_runtime.image import ImageSpec, PreparedImage, load_image, prepare
 from edgevlm_runtime.text import EncodedPrompt, TextSpec, encode_prompt
 
 
+PARTS = ("vision", "projector", "chained")
+"""What a witness has one array of for each call of the vision graph."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """A sample after preprocessing: prepared pictures and an encoded prompt of T rows."""
@@ -37,13 +41,15 @@ class Witness:
 
     `vision` and `projector` have one array per call of the vision graph: features [rows, width] and
     visual tokens [tokens, W]. `answer` is greedy; `logits` [len(answer), V] are the rows that its
-    tokens were chosen from.
+    tokens were chosen from. `chained` are the visual tokens of its own features, which a graph of
+    both components gives, where `projector` was fed by a parent.
     """
 
     vision: tuple[NDArray[np.float32], ...]
     projector: tuple[NDArray[np.float32], ...]
     answer: tuple[int, ...]
     logits: NDArray[np.float32]
+    chained: tuple[NDArray[np.float32], ...] = ()
 
 
 def ask(
@@ -63,7 +69,7 @@ def save(witnesses: Sequence[Witness]) -> dict[str, NDArray[np.float32] | NDArra
     for i, witness in enumerate(witnesses):
         arrays[f"{i}.answer"] = np.array(witness.answer, np.int64)
         arrays[f"{i}.logits"] = witness.logits
-        for part in ("vision", "projector"):
+        for part in PARTS:
             for j, array in enumerate(getattr(witness, part)):
                 arrays[f"{i}.{part}.{j}"] = array
     return arrays
@@ -81,6 +87,7 @@ def load(arrays: Mapping[str, NDArray[np.float32]]) -> list[Witness]:
         Witness(
             vision=parts(i, "vision"),
             projector=parts(i, "projector"),
+            chained=parts(i, "chained"),
             answer=tuple(int(token) for token in arrays[f"{i}.answer"]),
             logits=arrays[f"{i}.logits"],
         )
