@@ -229,8 +229,9 @@ def _walk(
         for index in range(start, stop):
             group = columns[index] // size if size else 0
             if ranges and index % size == 0:
+                group_CN = _expected(weight_KN, moved_KN, factor_KK, slice(index, index + size))
                 scale, zero = weight_scales(
-                    moved_KN[index : index + size].T,
+                    group_CN.T,
                     bits=bits,
                     group_size=0,
                     symmetric=zero_GN is None,
@@ -261,6 +262,19 @@ def _walk(
         bits=bits,
         group_size=size,
     )
+
+
+def _expected(weight_KN: Tensor, moved_KN: Tensor, factor_KK: Tensor, group: slice) -> Tensor:
+    """What a group's columns [C, N] would be moved to, were none of them rounded.
+
+    Of the errors before the group each column has its share in `moved_KN`. That of the columns
+    before it in the group is missing, which would have moved as well.
+    """
+    start_CN = weight_KN[group]
+    moves_CN: Tensor = torch.linalg.solve_triangular(
+        factor_KK[group, group].T, moved_KN[group] - start_CN, upper=False, unitriangular=True
+    )
+    return start_CN + moves_CN
 
 
 def rows_of(is_first_N: Tensor, first: QuantTensor, second: QuantTensor) -> QuantTensor:
