@@ -13,7 +13,7 @@ patches stays too: it is under a hundredth of the products, and the first thing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,8 +30,10 @@ from edgevlm.quant.options import (
     SiteOptions,
     TableOptions,
 )
+from edgevlm.quant.sites import COMPONENTS
 
 if TYPE_CHECKING:
+    from edgevlm.decisions import Decision
     from edgevlm.model.spec import Scheme, VlmSpec
     from edgevlm.model.vlm import Vlm
     from edgevlm.quant.assign import Assignment
@@ -86,7 +88,7 @@ class Quantize(Pass):
         assignment = self.assign(spec, context)
         if not (assignment.schemes or self.kv or self.embedding):
             raise PassError(
-                "it names nothing to quantize",
+                "it quantizes nothing",
                 name=self.name,
                 hint="name a scheme for vision, projector, decoder or head, or remove the pass",
             )
@@ -101,9 +103,18 @@ class Quantize(Pass):
                 *assignment.decisions,
                 *caches,
                 *budget_decisions(self.budget, assignment, spec),
+                *self._refused_choices(spec, context),
                 *table_decisions(self.embedding, spec, assignment.schemes.get("decoder.head")),
             ),
         )
+
+    def _refused_choices(self, spec: VlmSpec, context: Context) -> Iterator[Decision]:
+        """What a budget may raise maps to, and the device does not compute."""
+        for wish in () if self.budget is None else self.budget.finer:
+            if isinstance(wish, SchemeOptions):
+                parts = {part: wish for part in COMPONENTS if getattr(self, part) is not None}
+                raised = self.model_copy(update=parts).assign(spec, context).decisions
+                yield from (decision for decision in raised if decision.outcome == "refused")
 
     def reshape(self, spec: VlmSpec, change: Change, context: Context) -> VlmSpec:
         """The schemes that were given, which a budget may have chosen."""
@@ -159,14 +170,9 @@ class Quantize(Pass):
         """The schemes of all sites, from the spec alone."""
         from edgevlm.quant.assign import Wishes, assign
 
-        parts = {
-            "vision": self.vision,
-            "projector": self.projector,
-            "decoder": self.decoder,
-            "head": self.head,
-        }
+        parts: dict[str, SchemeOptions | None] = {part: getattr(self, part) for part in COMPONENTS}
         wishes = Wishes(
-            components={name: wish for name, wish in parts.items() if wish is not None},
+            components={part: wish for part, wish in parts.items() if wish is not None},
             prefill=self.prefill,
             rules=self.sites,
         )

@@ -23,6 +23,9 @@ LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57
 ROWS = 4096
 """Rows of a layer that a clip is searched on, evenly taken."""
 
+LEAST = 1e-12
+"""A feature that stays below this is nothing."""
+
 RATIOS = torch.linspace(1.0, 0.5, 21)
 """Shares of the largest number at which int4 is tried to end: 15 numbers bear some clipping."""
 
@@ -79,8 +82,9 @@ def _scale(rows: Tensor, kv: KvQuant, site: str) -> Tensor:
             hint="check the checkpoint, and the passes before this one",
         )
     columns = rows.flatten()[:, None] if kv.granularity == "tensor" else rows
-    largest = columns.abs().amax(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-    widest = largest / LARGEST[kv.dtype]
+    largest = columns.abs().amax(dim=0)
+    # The kernel multiplies by the reciprocal: of a feature that is never used it must be finite.
+    widest = torch.where(largest > LEAST, largest / LARGEST[kv.dtype], 1.0)
     if kv.dtype != "int4":
         return widest
     best, error = widest, torch.full_like(widest, torch.inf)

@@ -44,8 +44,10 @@ def table_scheme(options: TableOptions) -> Scheme:
     return Scheme(name=f"w{bits}a16", weights=weights)
 
 
-def cache_decisions(kv: KvOptions | None, spec: VlmSpec, targets: Sequence[str]) -> list[Decision]:
-    """What becomes of a quantized cache."""
+def cache_decisions(
+    kv: KvOptions | None, spec: VlmSpec, targets: Sequence[str], *, has_prefill: bool
+) -> list[Decision]:
+    """What becomes of a quantized cache; `has_prefill` says that prompts have a graph of theirs."""
     from edgevlm.model.plans import DELTA_CACHES, INPLACE_CACHES
     from edgevlm_export.forms import FORMS
 
