@@ -120,7 +120,8 @@ class Document:
         return RecipeError(message, hint=hint, path=self.path, line=place[0], column=place[1])
 
     def _explain(self, detail: ErrorDetails) -> RecipeError:
-        where = detail["loc"]
+        where = self._keys_of(detail)
+        detail["loc"] = where
         complaint = detail.get("ctx", {}).get("error")
         if not isinstance(complaint, Complaint):
             message, hint = _clause(detail)
@@ -129,6 +130,15 @@ class Document:
             return self.error(complaint.message, *where, hint=complaint.hint)
         key = (*where, complaint.key)
         return self._error(complaint.message, self.keys[key], complaint.hint)
+
+    def _keys_of(self, detail: ErrorDetails) -> Keys:
+        """Where a complaint is, without the names that pydantic gives members of unions."""
+        keys: Keys = ()
+        for place, key in enumerate(detail["loc"], 1):
+            is_missing = detail["type"] == "missing" and place == len(detail["loc"])
+            if is_missing or (*keys, key) in self.values:
+                keys = (*keys, key)
+        return keys
 
 
 def read(path: Path) -> Document:

@@ -113,7 +113,7 @@ def scheme_of(wish: SchemeOptions, device: Device, targets: Sequence[str]) -> Sc
 def _wish(wishes: Wishes, site: str, linear: LinearSite) -> tuple[SchemeOptions | None, str]:
     """What is asked of a site, or why nothing is."""
     wish = wishes.components.get(linear.component)
-    if site.startswith("prefill."):
+    if _is_prompt(site):
         wish = wishes.prefill
     reason = f"no scheme is asked for {linear.component}"
     for rule in wishes.rules:
@@ -122,13 +122,21 @@ def _wish(wishes: Wishes, site: str, linear: LinearSite) -> tuple[SchemeOptions 
     return wish, reason
 
 
+def _is_prompt(site: str) -> bool:
+    """Whether a site is of the decoder for prompts."""
+    return site.startswith("prefill.")
+
+
 def _check_rules(rules: Sequence[SiteOptions], sites: Mapping[str, LinearSite]) -> None:
     for rule in rules:
         if not any(fnmatch.fnmatchcase(site, rule.match) for site in sites):
+            hint = suggest(rule.match, list(sites))
+            if rule.match.startswith("prefill") and not any(map(_is_prompt, sites)):
+                hint = "name a scheme for prefill; without one the decoder's maps read prompts too"
             raise PassError(
                 f"{rule.match!r} matches none of the {len(sites)} linear maps",
                 name="quantize",
-                hint=suggest(rule.match, list(sites)),
+                hint=hint,
             )
 
 
@@ -142,7 +150,7 @@ def _decisions(
     """One decision for each scheme of a part of the model."""
     parts: dict[tuple[str, Scheme], list[str]] = {}
     for site, scheme in schemes.items():
-        part = "prefill" if site.startswith("prefill.") else sites[site].component
+        part = "prefill" if _is_prompt(site) else sites[site].component
         parts.setdefault((part, scheme), []).append(site)
     decisions = _opset_decisions(schemes.values(), device, targets)
     for (part, scheme), members in parts.items():
@@ -281,6 +289,14 @@ def _refusal(asked: str, scheme: Scheme, device: Device, target: str) -> Decisio
         for fact in device.dtypes_of(target)
         if fact.weight == scheme.weights.dtype and _multiplies(fact, scheme, target)
     ]
+    activations = scheme.activations
+    if not facts and activations is not None and (ways := _scales_of(scheme, device, target)):
+        return Decision(
+            asked=f"{asked} with activations: {activations.scales} on {target!r}",
+            outcome="refused",
+            reason=f"{device.name} has kernels for activations: {' and '.join(ways)}",
+            effect="set activations accordingly",
+        )
     if not facts:
         known = sorted(
             {
@@ -289,11 +305,11 @@ def _refusal(asked: str, scheme: Scheme, device: Device, target: str) -> Decisio
                 if fact.granularity is not None
             }
         )
-        activations = scheme.activations.dtype if scheme.activations else "float32"
+        dtype = "float32" if activations is None else activations.dtype
         return Decision(
             asked=f"{asked} on {target!r}",
             outcome="refused",
-            reason=f"{device.name} multiplies no {scheme.weights.dtype} by {activations} there",
+            reason=f"{device.name} multiplies no {scheme.weights.dtype} by {dtype} there",
             effect=f"it multiplies {', '.join(known)}",
         )
     for fact in facts:
@@ -308,13 +324,22 @@ def _refusal(asked: str, scheme: Scheme, device: Device, target: str) -> Decisio
         else "whole channels"
         for fact in facts
     ]
-    asked_for = scheme.weights.granularity.replace("group:", "groups of ")
+    size = scheme.weights.group_size
+    asked_for = f"groups of {size}" if size else "whole channels"
     return Decision(
         asked=f"{asked} in {asked_for} on {target!r}",
         outcome="refused",
         reason=f"{device.name} has kernels for {' and '.join(dict.fromkeys(ways))}",
         effect="set group_size or per_channel accordingly",
     )
+
+
+def _scales_of(scheme: Scheme, device: Device, target: str) -> list[str]:
+    """What may share a scale of activations, in the kernels of these weights and activations."""
+    assert scheme.activations is not None
+    pair = scheme.weights.dtype, scheme.activations.dtype
+    facts = (fact for fact in device.dtypes_of(target) if (fact.weight, fact.activation) == pair)
+    return list(dict.fromkeys(scales for fact in facts for scales in fact.scales))
 
 
 def _multiplies(fact: DtypeFact, scheme: Scheme, target: str) -> bool:

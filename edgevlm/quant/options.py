@@ -7,9 +7,9 @@ decoder: {scheme: w4a16, group_size: 32, method: gptq}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from edgevlm.document import Complaint, Options, show
 
@@ -159,10 +159,17 @@ class SiteOptions(Options):
         return data
 
 
+# One of the two is chosen before it is read, so that complaints are about that one.
+Choice = Annotated[
+    Annotated[SchemeOptions, Tag("a scheme")] | Annotated[Literal["float"], Tag("no scheme")],
+    Discriminator(lambda data: "no scheme" if data == FLOAT else "a scheme"),
+]
+
+
 class BudgetOptions(Options):
     """Mixed precision: sites may be raised to finer schemes, as far as a budget goes."""
 
-    finer: tuple[SchemeOptions | Literal["float"], ...] = Field(
+    finer: tuple[Choice, ...] = Field(
         ("w8a16", "float"),
         min_length=1,
         validate_default=True,

@@ -207,7 +207,7 @@ def test_weights_are_those_of_the_numerics() -> None:
         assert torch.equal(module.get_parameter("zero"), want.zero)
 
 
-class Interrupted(Exception):
+class StoppedError(Exception):
     """The run is over."""
 
 
@@ -225,7 +225,7 @@ class Breaking(Silent):
             nonlocal done
             done += count
             if done == self.units:
-                raise Interrupted
+                raise StoppedError
 
         yield advance
 
@@ -267,7 +267,7 @@ def test_an_interrupted_run_goes_on_at_the_unit_it_reached(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         run(cases, tmp_path, units)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{unit}.safetensors" for unit in UNITS[:units]
@@ -296,12 +296,12 @@ def test_a_unit_that_was_not_finished_is_done_again(
 
     def broken(*arguments: Any, site: str) -> QuantLinear:
         if site == "decoder.layers.0.mlp.up":
-            raise Interrupted
+            raise StoppedError
         return original(*arguments, site=site)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "quantized_linear", broken)
-        with pytest.raises(Interrupted):
+        with pytest.raises(StoppedError):
             run(cases, tmp_path)
     (tmp_path / "decoder.layers.0.part").write_bytes(b"half")
     assert not (tmp_path / "decoder.layers.0.safetensors").exists()
