@@ -92,7 +92,8 @@ class Quantize(Pass):
                 name=self.name,
                 hint="name a scheme for vision, projector, decoder or head, or remove the pass",
             )
-        caches = cache_decisions(self.kv, spec, context.targets)
+        has_prefill = self.prefill is not None
+        caches = cache_decisions(self.kv, spec, context.targets, has_prefill=has_prefill)
         # A cache that no step can keep has no plan; its decision says so.
         is_refused = any(decision.outcome == "refused" for decision in caches)
         kv = None if is_refused else self.kv
