@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
+from edgevlm.commands.audit import audits_of
 from edgevlm.commands.output import mebibytes, shape, table
 from edgevlm.commands.plan import show_decisions
+from edgevlm.commands.sites import show_audit_lines, show_losses, show_sites
 from edgevlm.decisions import Decision
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.errors import BundleError
@@ -183,6 +185,9 @@ def show_evidence(provenance: Mapping[str, Any], out: Console) -> None:
         for gate in rung["gates"]:
             if gate["reason"]:
                 out.print(f"{rung['name']}: {gate['name']} is loosened: {gate['reason']}")
+    show_losses(evidence, out)
+    show_sites(evidence.get("sites"), out)
+    show_audit_lines(audits_of(provenance), out)
 
 
 def _climbed(
