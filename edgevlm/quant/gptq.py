@@ -29,6 +29,7 @@ from edgevlm.quant.rtn import rtn
 # Where a matrix is singular even with its damping, the damping grows so often by this much.
 DAMP_GROWTH = 10.0
 MAX_DAMPINGS = 8
+MAX_ROWS = 8192
 
 
 class Hessian:
@@ -133,30 +134,40 @@ def gptq(
     worse than what `rtn` gives with the same arguments are its rows.
     """
     mean_KK = hessian.mean()
-    nearest = rtn(weight, bits=bits, group_size=group_size, symmetric=symmetric, ranges=ranges)
     order_K = torch.arange(len(mean_KK), device=weight.device)
     if act_order:
         order_K = mean_KK.diagonal().argsort(descending=True, stable=True)
     factor_KK, square_K = unit_factor(mean_KK[order_K][:, order_K], damp)
-    tensor = _walk(
-        weight.float().T[order_K].contiguous(),
-        factor_KK,
-        square_K,
-        order_K,
-        _start(weight, nearest, square_K[order_K.argsort()], ranges),
-        block,
-        # A column's group is complete when it is reached only where columns keep their order.
-        ranges if group_size and not act_order else None,
+    parts: list[QuantTensor] = []
+    error, rtn_error, rtn_rows = 0.0, 0.0, 0
+    # Rows do not see each other: the many of a head are rounded in parts, to bound the memory.
+    for part in weight.float().split(MAX_ROWS):
+        nearest = rtn(part, bits=bits, group_size=group_size, symmetric=symmetric, ranges=ranges)
+        tensor = _walk(
+            part.T[order_K].contiguous(),
+            factor_KK,
+            square_K,
+            order_K,
+            _start(part, nearest, square_K[order_K.argsort()], ranges),
+            block,
+            # A column's group is complete when it is reached only where columns keep their order.
+            ranges if group_size and not act_order else None,
+        )
+        errors_N = output_errors(part, tensor, mean_KK)
+        nearest_errors_N = output_errors(part, nearest, mean_KK)
+        is_worse_N = nearest_errors_N <= errors_N
+        parts.append(rows_of(is_worse_N, nearest, tensor))
+        error += float(torch.minimum(errors_N, nearest_errors_N).sum())
+        rtn_error += float(nearest_errors_N.sum())
+        rtn_rows += int(is_worse_N.sum())
+    zeros = [part.zero for part in parts if part.zero is not None]
+    tensor = replace(
+        parts[0],
+        values=torch.cat([part.values for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else None,
     )
-    errors_N = output_errors(weight, tensor, mean_KK)
-    nearest_errors_N = output_errors(weight, nearest, mean_KK)
-    is_worse_N = nearest_errors_N <= errors_N
-    return GptqResult(
-        tensor=rows_of(is_worse_N, nearest, tensor),
-        objective=float(torch.minimum(errors_N, nearest_errors_N).sum()),
-        rtn_objective=float(nearest_errors_N.sum()),
-        rtn_rows=int(is_worse_N.sum()),
-    )
+    return GptqResult(tensor=tensor, objective=error, rtn_objective=rtn_error, rtn_rows=rtn_rows)
 
 
 def output_errors(weight: Tensor, tensor: QuantTensor, mean_KK: Tensor) -> Tensor:

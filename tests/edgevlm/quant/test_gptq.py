@@ -86,6 +86,21 @@ def test_blocks_change_nothing(block: int) -> None:
     assert torch.equal(results[0].tensor.values, results[1].tensor.values)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_rows_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch, symmetric: bool) -> None:
+    weight, hessian = slow.drawn_weight(10, 72), slow.hessian_of(slow.drawn_inputs(300, 72))
+    whole = gptq(weight, hessian, bits=4, group_size=32, symmetric=symmetric)
+    monkeypatch.setattr("edgevlm.quant.gptq.MAX_ROWS", 4)
+    parts = gptq(weight, hessian, bits=4, group_size=32, symmetric=symmetric)
+    assert torch.equal(parts.tensor.values, whole.tensor.values)
+    # Products of other sizes are summed in another order.
+    torch.testing.assert_close(parts.tensor.scale, whole.tensor.scale, rtol=1e-5, atol=0)
+    assert (parts.tensor.zero is None) == symmetric
+    assert parts.objective == pytest.approx(whole.objective, rel=1e-5)
+    assert parts.rtn_objective == pytest.approx(whole.rtn_objective, rel=1e-5)
+    assert parts.rtn_rows == whole.rtn_rows
+
+
 def test_objective_is_the_error_of_the_outputs() -> None:
     weight, x = slow.drawn_weight(10, 72), slow.drawn_inputs(300, 72)
     result = gptq(weight, slow.hessian_of(x), bits=4, group_size=32, symmetric=True)
