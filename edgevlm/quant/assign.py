@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from edgevlm.decisions import Decision
 from edgevlm.device import Device, DtypeFact
@@ -81,7 +81,7 @@ def assign(wishes: Wishes, spec: VlmSpec, device: Device, targets: Sequence[str]
         schemes=schemes,
         options=options,
         skipped=skipped,
-        decisions=_decisions(wishes, sites, schemes, device, targets),
+        decisions=_decisions(wishes, sites, schemes, options, device, targets),
     )
 
 
@@ -130,7 +130,8 @@ def _is_prompt(site: str) -> bool:
 def _check_rules(rules: Sequence[SiteOptions], sites: Mapping[str, LinearSite]) -> None:
     for rule in rules:
         if not any(fnmatch.fnmatchcase(site, rule.match) for site in sites):
-            hint = suggest(rule.match, list(sites))
+            first, *_, last = sites
+            hint = suggest(rule.match, list(sites)) or f"maps have names as {first!r} and {last!r}"
             if rule.match.startswith("prefill") and not any(map(_is_prompt, sites)):
                 hint = "name a scheme for prefill; without one the decoder's maps read prompts too"
             raise PassError(
@@ -144,16 +145,17 @@ def _decisions(
     wishes: Wishes,
     sites: Mapping[str, LinearSite],
     schemes: Mapping[str, Scheme],
+    options: Mapping[str, SchemeOptions],
     device: Device,
     targets: Sequence[str],
 ) -> tuple[Decision, ...]:
     """One decision for each scheme of a part of the model."""
-    parts: dict[tuple[str, Scheme], list[str]] = {}
+    parts: dict[tuple[str, Scheme, str], list[str]] = {}
     for site, scheme in schemes.items():
         part = "prefill" if _is_prompt(site) else sites[site].component
-        parts.setdefault((part, scheme), []).append(site)
+        parts.setdefault((part, scheme, options[site].scheme), []).append(site)
     decisions = _opset_decisions(schemes.values(), device, targets)
-    for (part, scheme), members in parts.items():
+    for (part, scheme, name), members in parts.items():
         numbers = sum(sites[site].numbers for site in members)
         size = sum(scheme.weights.nbytes(sites[site].rows, sites[site].columns) for site in members)
         effect = (
@@ -175,7 +177,15 @@ def _decisions(
         )
         decisions.append(
             refusal
-            or _applied(asked, scheme, wishes, part, device, targets, members, sites, effect)
+            or _applied(
+                f"quantize {part} {name}",
+                scheme,
+                device,
+                targets,
+                {site: sites[site] for site in members},
+                instead="" if name == scheme.name else scheme.name,
+                effect=effect,
+            )
         )
     return tuple(decisions)
 
@@ -240,27 +250,27 @@ def _speed_of(scheme: Scheme | None) -> str:
 def _applied(
     asked: str,
     scheme: Scheme,
-    wishes: Wishes,
-    part: str,
     device: Device,
     targets: Sequence[str],
-    members: Sequence[str],
-    sites: Mapping[str, LinearSite],
+    members: Mapping[str, LinearSite],
+    *,
+    instead: str,
     effect: str,
 ) -> Decision:
-    """The decision of a scheme that the device computes, with what it costs."""
+    """The decision of a scheme that the device computes, with what it costs.
+
+    `instead` is its name where the recipe asks for another and allows this one.
+    """
     notes = []
-    wish = wishes.prefill if part == "prefill" else wishes.components.get(part)
-    if wish is not None and wish.instead == scheme.name:
-        asked = asked.replace(scheme.name, wish.scheme)
-        notes.append(f"{wish.instead} was named in its place: activations are rounded to int8")
+    if instead:
+        notes.append(f"{instead} was named in its place: activations are rounded to int8")
     if scheme.weights.bits < DTYPE_BITS[scheme.weights.dtype]:
         notes.append(
             f"{device.name} is exact for weights of {scheme.weights.bits} bits: they are kept to "
             "these"
         )
     size = scheme.weights.group_size
-    short = [site for site in members if size and sites[site].columns % size]
+    short = [site for site, linear in members.items() if size and linear.columns % size]
     reason = "; ".join(notes) or f"{device.name} computes it on {', '.join(targets)}"
     if short:
         effect += f"; {len(short)} maps end in a short group, the first is {short[0]}"
@@ -351,14 +361,3 @@ def _multiplies(fact: DtypeFact, scheme: Scheme, target: str) -> bool:
         # Floats are finer: this form leaves the activations as they are.
         return fact.activation == "float32"
     return fact.activation == activations.dtype and activations.scales in fact.scales
-
-
-def without_sites(assignment: Assignment, sites: Sequence[str], reason: str) -> Assignment:
-    """The same assignment with these sites left in float."""
-    left = set(sites)
-    return replace(
-        assignment,
-        schemes={site: s for site, s in assignment.schemes.items() if site not in left},
-        options={site: o for site, o in assignment.options.items() if site not in left},
-        skipped={**assignment.skipped, **dict.fromkeys(sites, reason)},
-    )
