@@ -1,0 +1,402 @@
+"""quantize: foreseen from the spec alone, applied, kept as a stage, and put in place again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgevlm.cache import StageCache
+from edgevlm.decisions import Decision, refuse
+from edgevlm.errors import DeviceError, PassError
+from edgevlm.model.quantized import QuantEmbedding, QuantLinear
+from edgevlm.model.spec import KvQuant, VlmSpec
+from edgevlm.model.vlm import Vlm
+from edgevlm.passes import FoldNorms, Foresight, Quantize, run_pass
+from edgevlm.passes.quantize import PATCHES
+from edgevlm.passes.stages import run_stages
+from edgevlm.plan import make_plan, recipe_device
+from edgevlm.quant.affine import float8_scales, to_float8
+from edgevlm.quant.harm import logits_along
+from edgevlm.quant.rtn import rtn
+from edgevlm.quant.spec import ActivationQuant, Scheme, WeightQuant
+from edgevlm.recipe import parse_recipe
+from tests.edgevlm.calibrated import context, quantized, samples_of
+from tests.edgevlm.tiny import drawn, native_spec, tiny_spec
+
+EVERYTHING = {
+    "vision": "w8a8",
+    "projector": {"scheme": "w8a8", "activations": "static"},
+    "decoder": {"scheme": "w4a16", "method": "gptq", "symmetric": False},
+    "prefill": "w8a8",
+    "head": {"scheme": "w8a16", "group_size": 32},
+    "embedding": "int8",
+    "kv": "int8",
+    "sites": (
+        {"match": "decoder.layers.0.mlp.down", "skip": "it does the most harm"},
+        {"match": "*.layers.1.mlp.up", "skip": "both are left"},
+    ),
+    "bias_correction": True,
+}
+
+
+def foreseen(
+    options: dict[str, Any], targets: tuple[str, ...] = ("ort",), spec: VlmSpec | None = None
+) -> Foresight:
+    return Quantize.model_validate(options).foresee(spec or tiny_spec(), context(targets=targets))
+
+
+def probe(model: Vlm) -> Tensor:
+    """Logits of a prompt with a picture and of an answer after it."""
+    (case,) = samples_of(model.spec, 1, seed=7)
+    return torch.from_numpy(logits_along(model, [case])[0])
+
+
+def test_the_spec_after_it() -> None:
+    spec = tiny_spec()
+    options = {"decoder": "w4a16", "prefill": "w8a8", "kv": {"dtype": "int4"}, "embedding": "int8"}
+    after = foreseen(options).spec
+    assert {scheme for site, scheme in after.schemes.items() if site.startswith("decoder.")} == {
+        Scheme(name="w4a16", weights=WeightQuant(dtype="int4", bits=4, group_size=32))
+    }
+    assert {scheme for site, scheme in after.schemes.items() if site.startswith("prefill.")} == {
+        Scheme(
+            name="w8a8",
+            weights=WeightQuant(dtype="int8", bits=7),
+            activations=ActivationQuant(dtype="int8", scales="token"),
+        )
+    }
+    assert len(after.schemes) == 20
+    assert after.has_prefill
+    assert {layer.attention.kv for layer in after.decoder.layers} == {
+        KvQuant(dtype="int4", granularity="channel")
+    }
+    assert after.table == Scheme(
+        name="w8a16", weights=WeightQuant(dtype="int8", bits=8, group_size=32)
+    )
+    assert (after.vision, after.projector) == (spec.vision, spec.projector)
+    assert not spec.is_quantized
+    assert after.is_quantized
+
+
+def test_a_table_alone_and_a_cache_alone_are_quantized() -> None:
+    assert foreseen({"embedding": "int8"}).spec.is_quantized
+    assert foreseen({"kv": "int8"}).spec.is_quantized
+
+
+@pytest.mark.parametrize("options", [{}, {"vision": None}, {"strict": True}])
+def test_nothing_to_do_is_an_error(options: dict[str, Any]) -> None:
+    with pytest.raises(PassError) as caught:
+        foreseen(options)
+    assert str(caught.value) == (
+        "quantize: it quantizes nothing\n  hint: name a scheme for vision, projector, decoder or "
+        "head, or remove the pass"
+    )
+
+
+def test_twice_is_an_error() -> None:
+    spec = foreseen({"kv": "int8"}).spec
+    with pytest.raises(PassError) as caught:
+        foreseen({"vision": "w8a8"}, spec=spec)
+    assert str(caught.value) == (
+        "quantize: the model is quantized already\n  hint: make one of the two passes"
+    )
+
+
+def test_norms_are_folded_before() -> None:
+    spec = foreseen({"vision": "w8a8"}).spec
+    with pytest.raises(PassError) as caught:
+        FoldNorms().foresee(spec, context())
+    assert str(caught.value) == (
+        "fold_norms: the maps that read norms are quantized already\n"
+        "  hint: put fold_norms before quantize"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kv", "target", "reason"),
+    [
+        ("float8_e4m3fn", "ort", "its steps keep int8, int4 only"),
+        ("float8_e5m2", "ort", "its steps keep int8, int4 only"),
+        ("int4", "static", "its steps keep int8, float8_e4m3fn, float8_e5m2 only"),
+    ],
+)
+def test_a_cache_that_no_step_keeps_is_refused_by_the_plan(
+    kv: str, target: str, reason: str
+) -> None:
+    """As a decision among the others: the rest of the plan is shown."""
+    text = f"model: a/b\ndevice: host-cpu\ntargets: [{target}]\npasses:\n  - quantize: {{kv: {kv}}}"
+    recipe = parse_recipe(f"{text}\n")
+    plan = make_plan(recipe, recipe_device(recipe), tiny_spec())
+    refused = [decision for decision in plan.decisions if decision.outcome == "refused"]
+    assert refused == [
+        Decision(
+            asked=f"kv {kv} per channel on {target!r}",
+            outcome="refused",
+            reason=reason,
+            effect="choose kv: int8, or another target",
+        )
+    ]
+    assert plan.variants[0].graphs
+    with pytest.raises(DeviceError) as caught:
+        refuse(plan.decisions)
+    assert str(caught.value) == (
+        f"kv {kv} per channel on {target!r} is refused: {reason}\n"
+        "  hint: choose kv: int8, or another target"
+    )
+
+
+def test_decisions_of_cache_and_table() -> None:
+    options = {"embedding": "int4", "head": "w4a16", "kv": "int4", "prefill": "w8a8"}
+    decisions = foreseen(options).decisions
+    cache, table = (
+        next(item for item in decisions if item.asked.startswith(name))
+        for name in ("kv", "embedding")
+    )
+    # Two layers, key and value, two heads of 16: 128 numbers.
+    assert cache == Decision(
+        asked="kv int4 per channel",
+        outcome="applied",
+        reason="scales are constants from calibration",
+        effect="a row takes 64 bytes of the cache instead of 512",
+    )
+    assert table == Decision(
+        asked="embedding int4",
+        outcome="applied",
+        reason="the runtime restores rows as they are looked up",
+        effect="0.0 MiB instead of 0.0, which the head reads too",
+    )
+
+
+def test_what_a_budget_may_choose_is_refused_by_the_plan() -> None:
+    options = {"vision": "w4a16", "budget": {"finer": ("w8a16", "w16a16", "fp8"), "max_mib": 9.0}}
+    refused = [item.asked for item in foreseen(options).decisions if item.outcome == "refused"]
+    assert refused == ["quantize vision w16a16 on 'ort'", "quantize vision fp8 on 'ort'"]
+
+
+def test_what_it_reports() -> None:
+    model = drawn(tiny_spec())
+    change = quantized(model, EVERYTHING)
+    assert change.sites == (
+        *foreseen(EVERYTHING).spec.schemes,
+        "decoder.layers.0.attention.core",
+        "decoder.layers.1.attention.core",
+        "embedding",
+    )
+    assert change.skipped == {
+        "vision.layers.1.mlp.up": "both are left",
+        "decoder.layers.0.mlp.down": "it does the most harm",
+        "decoder.layers.1.mlp.up": "both are left",
+        "prefill.layers.1.mlp.up": "both are left",
+        "vision.embed.patch": PATCHES,
+    }
+    assert change.schemes["vision.layers.0.mlp.up"] == {
+        "name": "w8a8",
+        "weights": {"dtype": "int8", "bits": 7, "group_size": 0, "symmetric": True},
+        "activations": {"dtype": "int8", "scales": "token"},
+    }
+    assert set(change.schemes) == set(model.spec.schemes)
+    numbers = {site: model.get_submodule(site).get_parameter("weight") for site in change.schemes}
+    sizes = {
+        site: model.spec.schemes[site].weights.nbytes(*weight.shape)
+        for site, weight in numbers.items()
+    }
+    assert change.measures == {
+        "mib_float32": sum(4 * weight.numel() for weight in numbers.values()) / 2**20,
+        "mib_quantized": sum(sizes.values()) / 2**20,
+        "samples": 3.0,
+    }
+    assert model.spec == foreseen(EVERYTHING).spec
+
+
+def test_patches_that_come_flat_are_a_linear_map() -> None:
+    model = drawn(native_spec((4, 6)))
+    change = quantized(model, {"vision": "w8a16"}, [])
+    assert change.sites[0] == "vision.embed.patch"
+    assert change.skipped.keys().isdisjoint({"vision.embed.patch"})
+
+
+@pytest.mark.parametrize(
+    ("options", "targets"),
+    [
+        ({"scheme": "w8a8"}, ("ort",)),
+        ({"scheme": "w8a8", "symmetric": False}, ("ort",)),
+        ({"scheme": "w8a16", "ranges": "mse"}, ("ort",)),
+        ({"scheme": "w4a16", "group_size": 16, "symmetric": False}, ("ort",)),
+        ({"scheme": "w4a16", "group_size": 128}, ("ort",)),
+        ({"scheme": "w4a16", "instead": "w4a8"}, ("ort",)),
+        ({"scheme": "w4a8", "per_channel": True}, ("static",)),
+        ({"scheme": "w16a16", "ranges": "percentile"}, ("static",)),
+    ],
+    ids=str,
+)
+def test_weights_are_those_of_the_numerics(
+    options: dict[str, Any], targets: tuple[str, ...]
+) -> None:
+    """Of every linear map, by the numerics called with what the scheme says."""
+    plain, model = drawn(tiny_spec()), drawn(tiny_spec())
+    parts = ("vision", "projector", "decoder", "head")
+    quantized(model, dict.fromkeys(parts, options), targets=targets)
+    assert len(model.spec.schemes) == 21
+    for site, scheme in model.spec.schemes.items():
+        module = model.get_submodule(site)
+        assert isinstance(module, QuantLinear)
+        want = rtn(
+            plain.get_submodule(site).get_parameter("weight").detach(),
+            bits=scheme.weights.bits,
+            group_size=scheme.weights.group_size,
+            symmetric=options.get("symmetric", True),
+            ranges=options.get("ranges", "minmax"),
+        )
+        assert torch.equal(module.weight, want.values), site
+        assert torch.equal(module.scale, want.scale), site
+        assert (module.zero is None) == (want.zero is None)
+        assert want.zero is None or torch.equal(module.zero, want.zero), site
+        bias = plain.get_submodule(site).bias
+        assert (module.bias is None) == (bias is None)
+        assert bias is None or torch.equal(module.bias, bias), site
+
+
+def test_float8_weights_are_those_of_the_numerics() -> None:
+    plain, model = drawn(tiny_spec()), drawn(tiny_spec())
+    quantized(model, {"decoder": "fp8"}, targets=("static",))
+    for site in model.spec.schemes:
+        weight = plain.get_submodule(site).get_parameter("weight").detach()
+        want = to_float8(weight, float8_scales(weight))
+        module = model.get_submodule(site)
+        assert isinstance(module, QuantLinear)
+        assert torch.equal(module.weight.view(torch.uint8), want.values.view(torch.uint8))
+        assert torch.equal(module.scale, want.scale)
+
+
+def test_the_table_is_rounded_in_groups() -> None:
+    plain, model = drawn(tiny_spec()), drawn(tiny_spec())
+    quantized(model, {"embedding": {"dtype": "int4", "group_size": 16}}, [])
+    table = model.embedding
+    assert isinstance(table, QuantEmbedding)
+    want = rtn(plain.embedding.weight.detach(), bits=4, group_size=16, symmetric=True)
+    assert torch.equal(table.weight, want.values)
+    ids = torch.tensor([[5, 90], [0, 5]])
+    assert torch.equal(table(ids), want.dequantize()[ids])
+    # The head was the table; it keeps its floats.
+    assert torch.equal(model.decoder.head.weight, plain.embedding.weight)
+
+
+def test_the_model_does_not_change_where_it_is_refused() -> None:
+    model = drawn(tiny_spec())
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        model.vision.layers[0].mlp.up.weight[0, 0] = torch.nan
+    with pytest.raises(PassError):
+        quantized(model, {"vision": "w8a8", "decoder": "w4a16"})
+    for name, weight in model.named_parameters():
+        assert name == "vision.layers.0.mlp.up.weight" or torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "targets"),
+    [
+        (EVERYTHING, ("ort",)),
+        ({"embedding": "int4"}, ("ort",)),
+        ({"kv": {"dtype": "int4", "granularity": "tensor"}}, ("ort",)),
+        ({"head": "w4a16"}, ("ort",)),
+        ({"prefill": "w8a8"}, ("ort",)),
+        (
+            {
+                "vision": "fp8",
+                "decoder": "fp8",
+                "prefill": {"scheme": "w4a16", "per_channel": True},
+                "kv": "float8_e5m2",
+            },
+            ("static",),
+        ),
+    ],
+    ids=["everything", "a table", "a cache", "a head", "prompts", "float8"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_kept_stage_gives_the_same_model(
+    options: dict[str, Any],
+    targets: tuple[str, ...],
+    tied: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit by bit: its tensors, their names and sharing, its spec, and what it computes."""
+    monkeypatch.setattr("edgevlm.passes.stages.WORTH_KEEPING_S", 0.0)
+    spec = tiny_spec(tied=tied)
+    steps = [FoldNorms(), Quantize.model_validate(options)]
+    here = context(samples_of(spec), targets=targets)
+    cache = StageCache(root=tmp_path)
+    first, applied = run_stages(steps, drawn(spec), here, cache, "model")
+
+    def refused(*_: object) -> None:
+        raise AssertionError("the pass ran again")
+
+    monkeypatch.setattr("edgevlm.passes.stages.run_pass", refused)
+    again, restored = run_stages(steps, drawn(spec), here, cache, "model")
+    assert [entry.change for entry in restored] == [entry.change for entry in applied]
+    assert again.spec == first.spec
+    ours, theirs = dict(again.named_parameters()), dict(first.named_parameters())
+    assert list(ours) == list(theirs)
+    for name, weight in ours.items():
+        assert weight.dtype == theirs[name].dtype
+        assert torch.equal(_bits(weight), _bits(theirs[name])), name
+    types = [
+        {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+        for model in (again, first)
+    ]
+    assert types[0] == types[1]
+    assert not any(tensor.is_meta for tensor in (*again.parameters(), *again.buffers()))
+    assert not again.training
+    assert torch.equal(probe(again), probe(first))
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.detach().view(torch.uint8) if "float8" in str(weight.dtype) else weight.detach()
+
+
+def test_weights_that_did_not_change_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import safe_open
+
+    monkeypatch.setattr("edgevlm.passes.stages.WORTH_KEEPING_S", 0.0)
+    cache = StageCache(root=tmp_path)
+    step = Quantize.model_validate({"projector": "w8a16"})
+    run_stages([step], drawn(tiny_spec()), context(), cache, "model")
+    (kept,) = tmp_path.glob("passes/*/weights.safetensors")
+    with safe_open(kept, framework="pt") as file:
+        assert sorted(file.keys()) == [
+            f"projector.{part}.{name}"
+            for part in ("down", "up")
+            for name in ("bias", "scale", "weight")
+        ]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_stage_of_other_samples_or_another_device_is_another(tmp_path: Path) -> None:
+    """Only where samples and device are looked at: folding does not."""
+    from edgevlm.passes.stages import chain
+
+    step = Quantize.model_validate({"vision": {"scheme": "w8a8", "activations": "static"}})
+    one, two = context(samples_key="1"), context(samples_key="2")
+    static = context(targets=("static",), samples_key="1")
+    assert len({chain("model", [step], here) for here in (one, two, static)}) == 3
+    assert len({chain("model", [FoldNorms()], here) for here in (one, two, static)}) == 1
+    other = Quantize.model_validate({"vision": "w8a8"})
+    assert chain("model", [other], one) != chain("model", [step], one)
+
+
+def test_more_bits_change_less() -> None:
+    """Where the ranges were found on what is asked, so that nothing is clipped."""
+    plain = probe(drawn(tiny_spec()))
+    errors = []
+    for scheme in ("w16a16", "w8a8"):
+        model = drawn(tiny_spec())
+        step = Quantize.model_validate(dict.fromkeys(("vision", "projector", "decoder"), scheme))
+        run_pass(step, model, context(samples_of(tiny_spec(), 8, seed=7), targets=("static",)))
+        errors.append(float((probe(model) - plain).abs().max()))
+    assert 0 < errors[0] < 2e-3 < errors[1] < 0.5
