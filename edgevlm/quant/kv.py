@@ -30,6 +30,22 @@ RATIOS = torch.linspace(1.0, 0.5, 21)
 """Shares of the largest number at which int4 is tried to end: 15 numbers bear some clipping."""
 
 
+class _Seen:
+    """Keys or values of a layer [.., F]: the largest of every feature, and rows to search on."""
+
+    def __init__(self, step: int) -> None:
+        """Keep every `step`-th row of a call, or none."""
+        self.step = step
+        self.rows: list[Tensor] = []
+        self.largest = torch.zeros(())
+
+    def note(self, x: Tensor) -> None:
+        """Look at the rows [T, F] of a call."""
+        self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
+        if self.step:
+            self.rows.append(x[:: self.step].clone())
+
+
 def calibrate_cache(
     model: Vlm, kv: KvQuant, cases: Sequence[CalibrationCase], visual: Sequence[Tensor | None]
 ) -> None:
@@ -37,15 +53,17 @@ def calibrate_cache(
 
     The decoder for prompts shares them: both write the same cache.
     """
-    seen = _rows_of_caches(model, cases, visual)
+    num_rows = sum(len(case.question.prompt.token_ids) for case in cases)
+    step = max(1, num_rows // ROWS) if kv.dtype == "int4" else 0
+    seen = _see_caches(model, cases, visual, step)
     for index, layer in enumerate(model.decoder.layers):
         attention = layer.get_submodule("attention")
         assert isinstance(attention, Attention)
         spec = model.spec.decoder.layers[index].attention
         core = AttentionCore(spec)
-        for name, rows in zip(("k_scale", "v_scale"), seen[index], strict=True):
+        for name, found in zip(("k_scale", "v_scale"), seen[index], strict=True):
             site = f"decoder.layers.{index}.attention.core"
-            scale = _scale(torch.cat(rows), kv, site).reshape(core.get_parameter(name).shape)
+            scale = _scale(found, kv, site).reshape(core.get_parameter(name).shape)
             setattr(core, name, torch.nn.Parameter(scale, requires_grad=False))
         attention.core = core
         if model.prefill is not None:
@@ -53,16 +71,15 @@ def calibrate_cache(
             twin.core = core
 
 
-def _rows_of_caches(
-    model: Vlm, cases: Sequence[CalibrationCase], visual: Sequence[Tensor | None]
-) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Keys and values [rows, Hkv*D] of every layer, as many as are looked at."""
-    seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in model.decoder.layers]
-    step = max(1, sum(len(case.question.prompt.token_ids) for case in cases) // ROWS)
+def _see_caches(
+    model: Vlm, cases: Sequence[CalibrationCase], visual: Sequence[Tensor | None], step: int
+) -> list[tuple[_Seen, _Seen]]:
+    """What the keys and the values of every layer are like."""
+    seen = [(_Seen(step), _Seen(step)) for _ in model.decoder.layers]
 
     def note(index: int, keys: Tensor, values: Tensor) -> None:
-        seen[index][0].append(keys[0, ::step].clone())
-        seen[index][1].append(values[0, ::step].clone())
+        for found, x in zip(seen[index], (keys, values), strict=True):
+            found.note(x[0])
 
     for rows, places in decoder_inputs(model, cases, visual, answers=True):
         cos, sin = rope_tables(model.spec.decoder.rope, places)
@@ -72,21 +89,23 @@ def _rows_of_caches(
     return seen
 
 
-def _scale(rows: Tensor, kv: KvQuant, site: str) -> Tensor:
-    """The scale of all rows [M, Hkv*D], or of each of their columns."""
-    if not bool(torch.isfinite(rows).all()):
+def _scale(seen: _Seen, kv: KvQuant, site: str) -> Tensor:
+    """The scale of all numbers [1], or of each feature [F]."""
+    if not bool(torch.isfinite(seen.largest).all()):
         raise PassError(
             "its keys or values hold NaN or infinity on the calibration samples",
             name="quantize",
             site=site,
             hint="check the checkpoint, and the passes before this one",
         )
-    columns = rows.flatten()[:, None] if kv.granularity == "tensor" else rows
-    largest = columns.abs().amax(dim=0)
+    is_whole = kv.granularity == "tensor"
+    largest = seen.largest.amax().view(1) if is_whole else seen.largest
     # The kernel multiplies by the reciprocal: of a feature that is never used it must be finite.
     widest = torch.where(largest > LEAST, largest / LARGEST[kv.dtype], 1.0)
     if kv.dtype != "int4":
         return widest
+    rows = torch.cat(seen.rows)
+    columns = rows.flatten()[:, None] if is_whole else rows
     best, error = widest, torch.full_like(widest, torch.inf)
     for ratio in RATIOS:
         step = widest * ratio
