@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from edgevlm.quant.affine import QuantTensor, group_spans, integer_range, quantize
 from edgevlm.quant.gptq import Hessian, output_errors, rows_of
@@ -78,32 +79,28 @@ def refit_scales(weight: Tensor, tensor: QuantTensor, hessian: Hessian) -> Quant
     """
     mean_KK = hessian.mean()
     num_groups = tensor.scale.shape[1]
-    spans = [
-        slice(columns.start + index * width, columns.start + (index + 1) * width)
-        for columns, groups, width in group_spans(weight.shape[1], tensor.group_size)
-        for index in range(groups.stop - groups.start)
-    ]
-    group_K = torch.zeros(weight.shape[1], dtype=torch.long, device=weight.device)
-    for group, span in enumerate(spans):
-        group_K[span] = group
+    width = tensor.group_size or weight.shape[1]
+    # A short last group is filled up with columns that no row reads.
+    missing = num_groups * width - weight.shape[1]
+    padded_KK = pad(mean_KK, (0, missing, 0, missing))
     scale_NG = tensor.scale.clone()
     step = max(1, CHUNK // max(weight.shape[1], num_groups**2))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        value_NK = tensor.values[rows].float()
+        value_NGW = pad(tensor.values[rows].float(), (0, missing)).unflatten(1, (-1, width))
         if tensor.zero is not None:
-            value_NK -= tensor.zero[rows].float()[:, group_K]
-        right_NK = value_NK * (weight[rows].float() @ mean_KK)
-        right_NG = right_NK.new_zeros(len(right_NK), num_groups).index_add_(1, group_K, right_NK)
-        left_NGG = torch.stack(
-            [
-                torch.zeros_like(right_NG).index_add_(
-                    1, group_K, value_NK * (value_NK[:, span] @ mean_KK[span])
-                )
-                for span in spans
-            ],
-            dim=1,
-        )
+            value_NGW -= tensor.zero[rows, :, None]
+            value_NGW.flatten(1)[:, weight.shape[1] :] = 0.0
+        value_NK = value_NGW.flatten(1)
+        target_NK = pad(weight[rows].float() @ mean_KK, (0, missing))
+        right_NG = (value_NK * target_NK).unflatten(1, (-1, width)).sum(dim=2)
+        left_NGG = right_NG.new_zeros(len(right_NG), num_groups, num_groups)
+        for group in range(num_groups):
+            span, later = slice(group * width, (group + 1) * width), slice(group * width, None)
+            product_NK = (value_NK[:, span] @ padded_KK[span, later]).mul_(value_NK[:, later])
+            part_NG = product_NK.unflatten(1, (-1, width)).sum(dim=2)
+            left_NGG[:, group, group:] = part_NG
+            left_NGG[:, group:, group] = part_NG
         scale_NG[rows] = _solved(left_NGG.double(), right_NG.double(), scale_NG[rows])
     return _better_rows(weight, tensor, replace(tensor, scale=scale_NG), mean_KK)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edgevlm.quant.awq import awq
+from edgevlm.quant.awq import awq, awq_scale
 from edgevlm.quant.gptq import Hessian
 from edgevlm.quant.ranges import RangeMethod
 from tests.edgevlm.quant import slow
@@ -131,3 +131,23 @@ def test_keeps_rounding_to_nearest_where_nothing_is_better() -> None:
     assert bool((result.scale == 1).all())
     assert torch.equal(result.tensors[0].dequantize(), weight)
     assert result.objective == result.rtn_objective == 0.0
+
+
+def test_columns_that_can_only_be_scaled_alike_are() -> None:
+    """Every two neighbours have the larger size of both; without that, it is the scale of `awq`."""
+    weight, hessian = slow.drawn_weight(16, 44), slow.hessian_of(inputs_with_outliers(200, 44))
+    grid = {"bits": 4, "group_size": 16, "symmetric": True}
+
+    def of_pairs(size_K: Tensor) -> Tensor:
+        return size_K.unflatten(0, (-1, 2)).amax(dim=1).repeat_interleave(2)
+
+    paired = awq_scale([weight], hessian, pooled=of_pairs, **grid)  # type: ignore[arg-type]
+    pairs = paired.scale.unflatten(0, (-1, 2))
+    assert torch.equal(pairs[:, 0], pairs[:, 1])
+    free = awq_scale([weight], hessian, **grid)  # type: ignore[arg-type]
+    rounded = awq([weight], hessian, clip=False, **grid)  # type: ignore[arg-type]
+    assert torch.equal(free.scale, rounded.scale)
+    # Sums in another order.
+    assert free.objective == pytest.approx(rounded.objective, rel=1e-4)
+    assert free.rtn_objective == pytest.approx(rounded.rtn_objective, rel=1e-4)
+    assert free.objective < paired.objective < paired.rtn_objective
