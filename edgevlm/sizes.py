@@ -62,13 +62,13 @@ def shares_table(spec: VlmSpec, form: str) -> bool:
     A quantized head does where both have the same weights and the same layout, which only steps
     that extend their cache have.
     """
-    head, table = spec.schemes.get("decoder.head"), spec.table
-    if not spec.decoder.tied:
-        return False
-    if head is None or table is None:
-        return head is None and table is None
-    is_packed = form == "inplace" and (head.activations is None or head.activations.dtype != "int8")
-    return is_packed and head.weights == table.weights
+    head = spec.schemes.get("decoder.head")
+    if head is None or not spec.head_is_table:
+        return spec.head_is_table
+    activations = head.activations
+    is_integer = activations is not None and activations.dtype == "int8"
+    has_blocks = activations is None or not is_integer or activations.scales == "block"
+    return form == "inplace" and has_blocks
 
 
 def weight_bytes(spec: VlmSpec, *roots: str) -> int:

@@ -237,6 +237,14 @@ class VlmSpec:
         return any(site.startswith("prefill.") for site in self.schemes)
 
     @property
+    def head_is_table(self) -> bool:
+        """Whether the head has the numbers of the table: both in float, or of the same weights."""
+        head, table = self.schemes.get("decoder.head"), self.table
+        if head is None or table is None:
+            return self.decoder.tied and head is None and table is None
+        return self.decoder.tied and head.weights == table.weights
+
+    @property
     def is_quantized(self) -> bool:
         """Whether any linear map, any cache or the table is."""
         caches = [layer.attention.kv for layer in self.decoder.layers]

@@ -78,11 +78,9 @@ class Vlm(nn.Module):
 
     def tie(self) -> None:
         """Let modules share what is one: a tied head, and what both decoders have alike."""
-        head = self.decoder.head
-        table = self.embedding
-        both = isinstance(table, nn.Embedding) and isinstance(head, nn.Linear)
-        if self.spec.decoder.tied and both:
-            head.weight = table.weight
+        if self.spec.head_is_table:
+            for name in ("weight", "scale") if self.spec.table is not None else ("weight",):
+                setattr(self.decoder.head, name, self.embedding.get_parameter(name))
         if self.prefill is None:
             return
         self.prefill.head = self.decoder.head

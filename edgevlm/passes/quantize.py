@@ -97,15 +97,16 @@ class Quantize(Pass):
         # A cache that no step can keep has no plan; its decision says so.
         is_refused = any(decision.outcome == "refused" for decision in caches)
         kv = None if is_refused else self.kv
+        after = shaped(spec, assignment.schemes, kv, self.embedding)
         return Foresight(
-            spec=shaped(spec, assignment.schemes, kv, self.embedding),
+            spec=after,
             effect=f"{len(assignment.schemes)} linear maps quantized",
             decisions=(
                 *assignment.decisions,
                 *caches,
                 *budget_decisions(self.budget, assignment, spec),
                 *self._refused_choices(spec, context),
-                *table_decisions(self.embedding, spec, assignment.schemes.get("decoder.head")),
+                *table_decisions(self.embedding, after, context.targets),
             ),
         )
 

@@ -66,6 +66,10 @@ def quantize_model(
     with context.progress.stage("quantize", job.num_units) as advance:
         for _ in job.units():
             advance(1)
+    if spec.table is not None and spec.head_is_table:
+        # One set of numbers, those that the head's method found.
+        for name in ("weight", "scale"):
+            setattr(model.embedding, name, model.decoder.head.get_parameter(name))
     model.tie()
     return {
         "mib_float32": sum(4 * shape.numel() for shape in shapes.values()) / 2**20,

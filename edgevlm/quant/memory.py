@@ -116,17 +116,22 @@ def budget_decisions(
 
 
 def table_decisions(
-    table: TableOptions | None, spec: VlmSpec, head: Scheme | None
+    table: TableOptions | None, spec: VlmSpec, targets: Sequence[str]
 ) -> list[Decision]:
-    """What becomes of a quantized table of embeddings."""
+    """What becomes of a quantized table of embeddings; `spec` is the model's after it."""
+    from edgevlm.sizes import shares_table
+    from edgevlm_export.forms import FORMS
+
     if table is None:
         return []
     decoder = spec.decoder
     scheme = table_scheme(table)
     size = scheme.weights.nbytes(decoder.vocab_size, decoder.width)
     effect = f"{size / 2**20:,.1f} MiB instead of {decoder.vocab_size * decoder.width / 2**18:,.1f}"
-    if decoder.tied and head is not None and head.weights == scheme.weights:
+    shared = [name for name in targets if shares_table(spec, FORMS[name].state)]
+    if shared:
         effect += ", which the head reads too"
+        effect += "" if len(shared) == len(targets) else f" on {', '.join(map(repr, shared))}"
     return [
         Decision(
             asked=f"embedding {table.dtype}",

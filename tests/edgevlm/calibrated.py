@@ -26,12 +26,15 @@ def samples_of(
     random = np.random.default_rng(seed)
     grid = spec.vision.grids[0]
     rows = spec.image_tokens(grid)
+    is_native = spec.vision.pixels == "patches"
+    shape = spec.vision.pixels_shape(grid)
+    layout = ImageLayout(tokens=(rows,), grid=grid if is_native else None)
     cases = []
     for _ in range(count):
         words = random.integers(3, spec.image_token_id, 6)
         ids = np.concatenate([words[:2], [spec.image_token_id] * rows, words[2:]]).astype(np.int64)
-        pixels = random.standard_normal((1, *spec.vision.pixels_shape(grid))).astype(np.float32)
-        image = PreparedImage(feeds=({"pixels": pixels},), layout=ImageLayout(tokens=(rows,)))
+        pixels = random.standard_normal(shape if is_native else (1, *shape)).astype(np.float32)
+        image = PreparedImage(feeds=({"pixels": pixels},), layout=layout)
         prompt = EncodedPrompt(
             token_ids=ids,
             image_rows=np.flatnonzero(ids == spec.image_token_id),

@@ -97,6 +97,7 @@ def test_weights_of_prompts_are_in_the_plan_of_memory() -> None:
         ({"embedding": "int8", "head": {"scheme": "w8a16", "group_size": 32}}, True, "delta", 0),
         ({"embedding": "int8", "head": {"scheme": "w8a16", "group_size": 64}}, True, "inplace", 0),
         ({"embedding": "int8", "head": "w8a16"}, True, "inplace", False),
+        ({"embedding": "int8", "head": {"scheme": "w8a8", "group_size": 32}}, True, "inplace", 1),
         ({"embedding": "int4", "head": "w4a16"}, True, "inplace", True),
         (
             {"embedding": "int4", "head": {"scheme": "w4a16", "symmetric": False}},

@@ -285,6 +285,23 @@ def test_the_table_is_rounded_in_groups() -> None:
     assert torch.equal(model.decoder.head.weight, plain.embedding.weight)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq"])
+def test_a_tied_head_of_the_same_weights_is_the_table(method: str) -> None:
+    """There is one set of numbers, those of the head's method; others have two."""
+    head = {"scheme": "w4a16", "method": method}
+    one, two = drawn(tiny_spec()), drawn(tiny_spec(tied=False))
+    for model in (one, two):
+        quantized(model, {"embedding": "int4", "head": head})
+    for name in ("weight", "scale"):
+        table, read = (part.get_parameter(name) for part in (one.embedding, one.decoder.head))
+        assert table is read
+        apart, own = (part.get_parameter(name) for part in (two.embedding, two.decoder.head))
+        assert apart is not own
+    nearest = rtn(drawn(tiny_spec()).embedding.weight, bits=4, group_size=32, symmetric=True)
+    assert torch.equal(one.decoder.head.weight, nearest.values) == (method == "rtn")
+    assert torch.equal(two.embedding.weight, nearest.values)
+
+
 def test_the_model_does_not_change_where_it_is_refused() -> None:
     model = drawn(tiny_spec())
     before = {name: weight.clone() for name, weight in model.named_parameters()}
@@ -303,6 +320,7 @@ def test_the_model_does_not_change_where_it_is_refused() -> None:
         ({"embedding": "int4"}, ("ort",)),
         ({"kv": {"dtype": "int4", "granularity": "tensor"}}, ("ort",)),
         ({"head": "w4a16"}, ("ort",)),
+        ({"embedding": "int4", "head": {"scheme": "w4a16", "method": "gptq"}}, ("ort",)),
         ({"prefill": "w8a8"}, ("ort",)),
         (
             {
@@ -314,7 +332,7 @@ def test_the_model_does_not_change_where_it_is_refused() -> None:
             ("static",),
         ),
     ],
-    ids=["everything", "a table", "a cache", "a head", "prompts", "float8"],
+    ids=["everything", "a table", "a cache", "a head", "a shared head", "prompts", "float8"],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_kept_stage_gives_the_same_model(
