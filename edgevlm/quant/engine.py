@@ -9,7 +9,7 @@ with the next one, and comes to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgevlm.errors import PassError
 from edgevlm.model.quantized import QuantLinear
 from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Decoder, Vlm, place
@@ -32,14 +31,13 @@ from edgevlm.quant.calibrate import (
     vision_calls,
 )
 from edgevlm.quant.kv import calibrate_cache
+from edgevlm.quant.observe import Run, drawn_cases, observe
 from edgevlm.quant.options import SchemeOptions
 from edgevlm.quant.rounding import quantized_linear, quantized_table
 from edgevlm.quant.sites import linear_sites
 from edgevlm.quant.statistics import Statistics, Wanted, wanted_of
 
 __all__ = ["quantize_model"]
-
-Run = Callable[[], object]
 
 
 @torch.no_grad()
@@ -110,14 +108,7 @@ class Job:
         if self._kv is not None:
             calibrated.append("decoder.layers.0.attention.core")
         if calibrated:
-            self.cases = context.calibration() if context.calibration is not None else ()
-            if not self.cases:
-                raise PassError(
-                    "it is calibrated, and there are no calibration samples",
-                    name="quantize",
-                    site=calibrated[0],
-                    hint="name a folder in calibration.data, or leave it out for the picture world",
-                )
+            self.cases = drawn_cases(context, name="quantize", site=calibrated[0])
 
     @property
     def num_units(self) -> int:
@@ -223,17 +214,7 @@ class Job:
         if not gathered:
             return {}
         assert run is not None, f"{sites[0]} is calibrated"
-        handles = [
-            self.linear(first[reader]).register_forward_pre_hook(
-                lambda _module, inputs, seen=seen: seen.update(inputs[0])
-            )
-            for reader, seen in gathered.items()
-        ]
-        try:
-            run()
-        finally:
-            for handle in handles:
-                handle.remove()
+        observe(self.model, {first[reader]: seen for reader, seen in gathered.items()}, run)
         return gathered
 
     def _restore(self, sites: Sequence[str], kept: Path) -> None:
