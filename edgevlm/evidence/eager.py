@@ -39,7 +39,12 @@ def eager_witness(
         start = positions(question, 0)
         answer = _greedy(model, rows, start, len(parent.answer), end_tokens)
     return Witness(
-        vision=vision, projector=projector, answer=answer, logits=logits_RV, chained=chained
+        vision=vision,
+        projector=projector,
+        answer=answer,
+        logits=logits_RV,
+        chained=chained,
+        fed=parent.projector,
     )
 
 

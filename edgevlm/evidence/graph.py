@@ -59,8 +59,9 @@ class GraphWitness:
         decoder = self._decoder
         decoder.rewind(0)
         embeds = self._table.rows(question.prompt.token_ids)
-        if parent.projector:
-            embeds[question.prompt.image_rows] = np.concatenate(parent.projector)
+        visual = parent.fed or parent.projector
+        if visual:
+            embeds[question.prompt.image_rows] = np.concatenate(visual)
         prompt = Prompt(
             embeds=embeds,
             positions=question.prompt.positions,

@@ -18,7 +18,7 @@ from edgevlm_runtime.image import ImageSpec, PreparedImage, load_image, prepare
 from edgevlm_runtime.text import EncodedPrompt, TextSpec, encode_prompt
 
 
-PARTS = ("vision", "projector", "chained")
+PARTS = ("vision", "projector", "chained", "fed")
 """What a witness has one array of for each call of the vision graph."""
 
 
@@ -41,8 +41,9 @@ class Witness:
 
     `vision` and `projector` have one array per call of the vision graph: features [rows, width] and
     visual tokens [tokens, W]. `answer` is greedy; `logits` [len(answer), V] are the rows that its
-    tokens were chosen from. `chained` are the visual tokens of its own features, which a graph of
-    both components gives, where `projector` was fed by a parent.
+    tokens were chosen from. Where the components were fed by a parent, `chained` are the visual
+    tokens of its own features, which a graph of both components gives, and `fed` those that its
+    decoder read, which a decoder that is to agree with it must read too.
     """
 
     vision: tuple[NDArray[np.float32], ...]
@@ -50,6 +51,7 @@ class Witness:
     answer: tuple[int, ...]
     logits: NDArray[np.float32]
     chained: tuple[NDArray[np.float32], ...] = ()
+    fed: tuple[NDArray[np.float32], ...] = ()
 
 
 def ask(
@@ -88,6 +90,7 @@ def load(arrays: Mapping[str, NDArray[np.float32]]) -> list[Witness]:
             vision=parts(i, "vision"),
             projector=parts(i, "projector"),
             chained=parts(i, "chained"),
+            fed=parts(i, "fed"),
             answer=tuple(int(token) for token in arrays[f"{i}.answer"]),
             logits=arrays[f"{i}.logits"],
         )
