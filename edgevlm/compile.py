@@ -296,7 +296,11 @@ class Job:
 
     def climb(self) -> Climb:
         """What is asked of every rung, and the bounds it is held to."""
-        bounds = limits(self.recipe.evidence, quantized=self.plan.spec.is_quantized)
+        bounds = limits(
+            self.recipe.evidence,
+            quantized=self.plan.spec.is_quantized,
+            drawn=self.checkpoint.seed is not None,
+        )
         exam = self.asked.exam()
         return Climb(exam=exam, bounds=bounds, cache=self.cache, progress=self.progress)
 

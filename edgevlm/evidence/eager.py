@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,13 +18,19 @@ from edgevlm.model.vlm import Vlm
 
 @torch.inference_mode()
 def eager_witness(
-    model: Vlm, question: Question, parent: Witness, *, end_tokens: frozenset[int]
+    model: Vlm,
+    question: Question,
+    parent: Witness,
+    *,
+    end_tokens: frozenset[int],
+    generates: bool = True,
 ) -> Witness:
     """Answer a question with our eager model.
 
     The decoder runs once over the prompt and the parent's answer, so its logits [len(answer), V]
     belong to the same rows as the parent's. Where the best token of every row is the parent's, that
-    *is* our greedy answer; else the answer is generated.
+    *is* our greedy answer; else the answer is generated, or where it is not to be, ends with the
+    first token that differs.
     """
     vision, projector, chained = _pictures(model, question, parent)
     token_ids = torch.from_numpy(question.prompt.token_ids)
@@ -35,7 +41,9 @@ def eager_witness(
     logits_RV = model.answer(whole, positions(question, len(fed)), rows.shape[1]).numpy()
     best = tuple(int(token) for token in logits_RV.argmax(axis=1))
     answer = parent.answer
-    if best != parent.answer:
+    if best != parent.answer and not generates:
+        answer = best[: 1 + first_difference(best, parent.answer)]
+    elif best != parent.answer:
         start = positions(question, 0)
         answer = _greedy(model, rows, start, len(parent.answer), end_tokens)
     return Witness(
@@ -46,6 +54,12 @@ def eager_witness(
         chained=chained,
         fed=parent.projector,
     )
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Where two answers of one length part; their length where they do not."""
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((index for index, (a, b) in pairs if a != b), len(ours))
 
 
 def positions(question: Question, num_answered: int) -> Tensor:

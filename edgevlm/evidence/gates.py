@@ -47,8 +47,13 @@ class Gate:
         return self.measured >= self.bound if self.is_floor else self.measured <= self.bound
 
 
-def limits(options: EvidenceOptions, *, quantized: bool = False) -> dict[str, dict[str, Bound]]:
+def limits(
+    options: EvidenceOptions, *, quantized: bool = False, drawn: bool = False
+) -> dict[str, dict[str, Bound]]:
     """The bounds of each kind of rung, from a recipe's.
+
+    What a quantized model of `drawn` weights loses is measured and not judged: it has no answers to
+    lose, and its logits lie closer together than those of any trained model.
 
     Where activations are rounded, two kernels that add in another order round a number that lies
     between two steps to different ones. Graphs of a `quantized` model are held to what that makes.
@@ -60,15 +65,14 @@ def limits(options: EvidenceOptions, *, quantized: bool = False) -> dict[str, di
     }
     shared["flips"] = Bound(value=0.0)
     eager = Bound(value=min(options.gates.max_error, EAGER_MAX_ERROR))
-    lossy = {
-        f"{name}": Bound(value=value) for name, value in options.quantized.model_dump().items()
-    }
+    lossy = {name: Bound(value=value) for name, value in options.quantized.model_dump().items()}
     model = {**shared, "max_error": eager}
     if quantized:
         graph = {name: Bound(value=value) for name, value in ROUNDED.items()}
         drop = {"accuracy_drop": lossy["accuracy_drop"]}
         runtime = {"token_agreement": graph["token_agreement"], **drop}
-        return {"model": model, "quantized": lossy, "graph": graph, "runtime": runtime}
+        judged = {} if drawn else lossy
+        return {"model": model, "quantized": judged, "graph": graph, "runtime": runtime}
     return {
         "model": model,
         "graph": shared,

@@ -86,7 +86,8 @@ def model_evidence(subject: Subject, climb: Climb) -> ModelEvidence:
             partial(_eager, subject, climb, form, below),
         )
         kind = "model" if first else "quantized"
-        rung = climb.rung(form.name, kind, rungs[-1].name, below, above, reference)
+        whole = first or climb.generates
+        rung = climb.rung(form.name, kind, rungs[-1].name, below, above, reference, complete=whole)
         demand(rung, (lambda: _origin(subject, climb)) if first else _nowhere)
         rungs.append(rung)
         below = above
@@ -163,7 +164,13 @@ def _eager(subject: Subject, climb: Climb, form: Form, reference: Sequence[Witne
     model = subject.model(form.count)
 
     def answer(number: int, question: Question) -> Witness:
-        return eager_witness(model, question, reference[number], end_tokens=climb.exam.end_tokens)
+        return eager_witness(
+            model,
+            question,
+            reference[number],
+            end_tokens=climb.exam.end_tokens,
+            generates=climb.generates or form.count == subject.forms[0].count,
+        )
 
     return answer
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgevlm.evidence.eager import first_difference
 from edgevlm.evidence.fault import tapped_runs
 from edgevlm.evidence.witness import Question, Witness
 from edgevlm_runtime.bundle import Bundle
@@ -43,10 +44,7 @@ class GraphWitness:
         vision, projector = self._pictures(question)
         logits_RV = self._logits(question, parent)
         best = tuple(int(token) for token in logits_RV.argmax(axis=1))
-        parting = next(
-            (t for t, (a, b) in enumerate(zip(best, parent.answer, strict=True)) if a != b),
-            len(best),
-        )
+        parting = first_difference(best, parent.answer)
         # Up to and including the first token that differs, the rows are those of a free answer.
         return Witness(
             vision=vision,

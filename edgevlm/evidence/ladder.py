@@ -36,6 +36,11 @@ class Climb:
     cache: StageCache
     progress: Progress
 
+    @property
+    def generates(self) -> bool:
+        """Whether lossy forms give whole answers, which mean nothing where weights are drawn."""
+        return self.exam.score is not None
+
     def witnesses(
         self, rung: str, key: str, open_answerer: Callable[[], Answerer]
     ) -> list[Witness]:

@@ -17,7 +17,6 @@ from edgevlm.samples import Sample
 from edgevlm_runtime.image import ImageSpec, PreparedImage, load_image, prepare
 from edgevlm_runtime.text import EncodedPrompt, TextSpec, encode_prompt
 
-
 PARTS = ("vision", "projector", "chained", "fed")
 """What a witness has one array of for each call of the vision graph."""
 

@@ -40,6 +40,7 @@ FLOAT = "float"
 """The choice of a budget that leaves a site as it is."""
 
 Method = Literal["rtn", "hqq", "gptq"]
+Ranges = Literal["minmax", "percentile", "mse"]
 
 
 class SchemeOptions(Options):
@@ -59,8 +60,13 @@ class SchemeOptions(Options):
         "everything, by a constant from calibration.",
     )
     method: Method = Field("rtn", description="How weights are rounded.")
-    ranges: Literal["minmax", "percentile", "mse"] = Field(
-        "minmax", description="How the ranges of weights and static activations are found."
+    ranges: Ranges | None = Field(
+        None,
+        description="How far the grid of weights reaches; absent: the least squared error for 4 "
+        "bits, all of the weights for more.",
+    )
+    activation_ranges: Ranges = Field(
+        "minmax", description="How far the grid of static activations reaches."
     )
     instead: Literal["w4a8"] | None = Field(
         None,
@@ -100,7 +106,7 @@ class SchemeOptions(Options):
 
     def _has_no_grid(self) -> None:
         """Refuse what is about integers, which are evenly spaced."""
-        for key, usual in (("symmetric", True), ("method", "rtn"), ("ranges", "minmax")):
+        for key, usual in (("symmetric", True), ("method", "rtn"), ("ranges", None)):
             value = getattr(self, key)
             if value != usual:
                 raise Complaint(

@@ -19,6 +19,9 @@ from edgevlm.quant.statistics import Statistics
 
 __all__ = ["quantized_linear", "quantized_table"]
 
+FEW_BITS = 4
+"""So few bear some clipping: what a coarse grid loses at its ends it gains between them."""
+
 
 def quantized_linear(
     linear: nn.Linear,
@@ -82,14 +85,11 @@ def _rounded(
         dtype = getattr(torch, weights.dtype)
         return to_float8(weight, float8_scales(weight, dtype), dtype=dtype)
     bits, size, is_symmetric = weights.bits, weights.group_size, weights.symmetric
+    ranges = options.ranges or ("mse" if bits <= FEW_BITS else "minmax")
     if options.method == "hqq":
-        return hqq(
-            weight, bits=bits, group_size=size, symmetric=is_symmetric, ranges=options.ranges
-        )
+        return hqq(weight, bits=bits, group_size=size, symmetric=is_symmetric, ranges=ranges)
     if options.method == "rtn":
-        return rtn(
-            weight, bits=bits, group_size=size, symmetric=is_symmetric, ranges=options.ranges
-        )
+        return rtn(weight, bits=bits, group_size=size, symmetric=is_symmetric, ranges=ranges)
     assert statistics is not None
     assert statistics.products is not None
     found = gptq(
@@ -98,7 +98,7 @@ def _rounded(
         bits=bits,
         group_size=size,
         symmetric=is_symmetric,
-        ranges=options.ranges,
+        ranges=ranges,
     )
     return refit_scales(weight, found.tensor, statistics.products)
 
@@ -109,9 +109,9 @@ def _constants(
     """The scale and zero point of static activations."""
     assert statistics.range is not None
     seen = statistics.range
-    if options.ranges == "percentile":
+    if options.activation_ranges == "percentile":
         low, high = seen.percentile()
-    elif options.ranges == "mse":
+    elif options.activation_ranges == "mse":
         low, high = seen.mse(bits=DTYPE_BITS[activations.dtype], symmetric=False)
     else:
         low, high = seen.minmax()
