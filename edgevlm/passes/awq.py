@@ -119,6 +119,7 @@ class _Search:
             group_size=self.grid.group_size,
             symmetric=self.grid.symmetric,
             ranges=self.ranges,
+            weighs=False,
             pooled=absorber.mean,
         )
         left = found.objective / found.rtn_objective if found.rtn_objective else 1.0

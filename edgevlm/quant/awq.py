@@ -81,7 +81,7 @@ def awq(
         symmetric=symmetric,
         ranges=ranges,
     )
-    grid = _Grid(bits, group_size, symmetric, ranges)
+    grid = _Grid(bits, group_size, symmetric, ranges, weighs=True)
     mean_KK, scale = hessian.mean(), found.scale
     divided = hessian.divided(scale)
     divided_KK = divided.mean()
@@ -114,15 +114,17 @@ def awq_scale(
     group_size: int,
     symmetric: bool,
     ranges: RangeMethod = "minmax",
+    weighs: bool = True,
     pooled: Callable[[Tensor], Tensor] = lambda size_K: size_K,
 ) -> AwqScale:
     """Search the scale of the input [K] that all of `weights` [N, K] read, and round nothing.
 
-    Ranges that are searched for weigh columns by the mean square of their inputs. Candidates are
-    compared on evenly spaced rows, the best of them and none at all on all rows. `pooled` gives
+    Candidates are compared on evenly spaced rows, the best of them and none at all on all rows.
+    Ranges that are searched for weigh columns by the mean square of their inputs where `weighs` is
+    true, else alike, as `rtn` does: a scale found for the one is bad for the other. `pooled` gives
     columns that can only be scaled alike one size [K], of the sizes that they have.
     """
-    grid = _Grid(bits, group_size, symmetric, ranges)
+    grid = _Grid(bits, group_size, symmetric, ranges, weighs)
     mean_KK = hessian.mean()
     sample = _sample(weights)
     inputs_K = pooled(hessian.channel_absmean)
@@ -146,6 +148,7 @@ class _Grid:
     group_size: int
     symmetric: bool
     ranges: RangeMethod
+    weighs: bool
 
     def rounded(self, weight: Tensor, square_K: Tensor) -> QuantTensor:
         """Round weights [N, K] to nearest, for inputs of these mean squares."""
@@ -155,7 +158,7 @@ class _Grid:
             group_size=self.group_size,
             symmetric=self.symmetric,
             method=self.ranges,
-            importance=square_K,
+            importance=square_K if self.weighs else None,
         )
         return quantize(weight, scale, zero, bits=self.bits, group_size=self.group_size)
 

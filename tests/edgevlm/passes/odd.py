@@ -18,7 +18,6 @@ from edgevlm.quant.calibrate import (
     project_features,
 )
 from edgevlm.quant.harm import logits_along
-from tests.edgevlm.calibrated import samples_of
 from tests.edgevlm.model import tiny as odd_tiny
 from tests.edgevlm.quant.slow import Floats, float64
 from tests.edgevlm.tiny import LAYER_NORM, native_spec, tiny_spec
@@ -61,26 +60,6 @@ RMS_SPECS = {
 """Decoders whose norms are root mean squares: query heads share values, MLPs have gates."""
 
 SPECS = RMS_SPECS | {"plain": short(plain_spec())}
-
-
-def cases_of(spec: VlmSpec, count: int = 3) -> list[CalibrationCase]:
-    """Calibration samples; flattened patches come without an axis for pictures."""
-    cases = samples_of(spec, count)
-    if spec.vision.pixels != "patches":
-        return cases
-    return [
-        replace(
-            case,
-            question=replace(
-                case.question,
-                images=tuple(
-                    replace(image, feeds=tuple({"pixels": f["pixels"][0]} for f in image.feeds))
-                    for image in case.question.images
-                ),
-            ),
-        )
-        for case in cases
-    ]
 
 
 def logits_of(model: Vlm, cases: Sequence[CalibrationCase]) -> Tensor:

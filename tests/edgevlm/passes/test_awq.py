@@ -15,11 +15,10 @@ from edgevlm.model.vlm import Vlm
 from edgevlm.passes import Awq, Quantize, run_pass
 from edgevlm.passes.stages import step_key
 from edgevlm.quant.absorb import absorbers
-from edgevlm.quant.affine import quantize
-from edgevlm.quant.ranges import weight_scales
+from edgevlm.quant.rtn import rtn
 from edgevlm.recipe import parse_recipe
-from tests.edgevlm.calibrated import context
-from tests.edgevlm.passes.odd import SPECS, cases_of, inputs_of, logits_of, nearest
+from tests.edgevlm.calibrated import context, samples_of
+from tests.edgevlm.passes.odd import SPECS, inputs_of, logits_of, nearest
 from tests.edgevlm.quant import slow
 from tests.edgevlm.quant.slow import Floats, float64
 from tests.edgevlm.tiny import drawn, native_spec, tiny_spec
@@ -44,7 +43,7 @@ def weight_of(model: Vlm, site: str) -> Floats:
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_outputs_stay(spec: VlmSpec) -> None:
-    model, cases = uneven(spec), cases_of(spec)
+    model, cases = uneven(spec), samples_of(spec)
     before = logits_of(model, cases)
     assert before.std() > 0.5, "logits must be large enough to show a difference"
     seen = context(cases, probe=lambda changed: logits_of(changed, cases))
@@ -81,7 +80,7 @@ def test_scales_are_the_best_of_all_candidates(
     sites: tuple[str, ...], source: str, copies: tuple[int, int, int], group_size: int
 ) -> None:
     spec = SPECS["untied"]
-    before, after, cases = uneven(spec), uneven(spec), cases_of(spec, 2)
+    before, after, cases = uneven(spec), uneven(spec), samples_of(spec, 2)
     layer = "decoder.layers.0"
     names = [f"{layer}.{site}" for site in sites]
     x = inputs_of(before, cases, names[:1])[names[0]]
@@ -132,41 +131,31 @@ def test_scales_are_the_best_of_all_candidates(
 )
 def test_is_never_worse_than_rounding_to_nearest(spec: VlmSpec, ranges: str) -> None:
     """On its own objective, the error of all outputs that read one input, with these ranges."""
-    before, after, cases = uneven(spec), uneven(spec), cases_of(spec)
+    before, after, cases = uneven(spec), uneven(spec), samples_of(spec)
     found, _ = absorbers(spec, ALL)
     step = Awq.model_validate({"scheme": "w4a16", "group_size": 16, "ranges": ranges})
     run_pass(step, after, context(cases))
-    ratios = []
     for absorber in found:
-        errors = []
-        for model in (before, after):
-            x = inputs_of(model, cases, absorber.sites[:1])[absorber.sites[0]]
-            square = (x * x).mean(axis=0)
-            error = 0.0
-            for site in absorber.sites:
-                # Where ranges are searched for, AWQ weighs columns by the squares of their inputs.
+        given = [inputs_of(model, cases, absorber.sites[:1]) for model in (before, after)]
+        errors = np.zeros(2)
+        for site in absorber.sites:
+            # Rows of `up` and of values are divided too: they round alike, and are multiplied back.
+            rows = weight_of(after, site) @ given[1][absorber.sites[0]][0]
+            factor = weight_of(before, site) @ given[0][absorber.sites[0]][0] / rows
+            for index, model in enumerate((before, after)):
                 weight = model.get_submodule(site).get_parameter("weight").detach()
-                scale, zero = weight_scales(
-                    weight,
-                    bits=4,
-                    group_size=16,
-                    symmetric=True,
-                    method=step.ranges,
-                    importance=torch.from_numpy(square),
-                )
-                meant = quantize(weight, scale, zero, bits=4, group_size=16).dequantize()
-                error += slow.output_error(float64(weight), float64(meant), x)
-            errors.append(error)
-        ratios.append(errors[1] / errors[0])
-    # The rows of `up` and of values are divided after their own inputs' scales were found, which
-    # changes what a row counts for among the others.
-    assert max(ratios) <= 1.0 + 1e-3
+                tensor = rtn(weight, bits=4, group_size=16, symmetric=True, ranges=step.ranges)
+                d = float64(weight) - float64(tensor.dequantize())
+                d *= factor[:, None] if index else 1.0
+                errors[index] += slow.output_error(d, 0.0 * d, given[index][absorber.sites[0]])
+        # Inputs and factors in float32.
+        assert errors[1] <= errors[0] * (1 + 1e-3), absorber.sites
 
 
 def test_matches() -> None:
     """A gated decoder whose heads share values; behind the encoder's gelu nothing takes a scale."""
     model = uneven(tiny_spec())
-    change = run_pass(Awq(scheme="w4a16"), model, context(cases_of(model.spec, 1)))
+    change = run_pass(Awq(scheme="w4a16"), model, context(samples_of(model.spec, 1)))
     layers = [
         site
         for index in range(2)
@@ -231,7 +220,7 @@ def test_pixels_and_one_linear_map_of_squares_are_left() -> None:
 
 def test_an_interrupted_run_comes_to_the_same_bits(tmp_path: Path) -> None:
     spec = tiny_spec()
-    cases = cases_of(spec, 2)
+    cases = samples_of(spec, 2)
     step = Awq(scheme="w4a16", group_size=16, components=("vision", "decoder"))
     whole = uneven(spec)
     change = run_pass(step, whole, context(cases, work=tmp_path))
@@ -293,7 +282,7 @@ def test_nan_in_the_inputs_is_an_error() -> None:
     model = uneven(tiny_spec())
     with torch.no_grad():
         model.embedding.weight[:, 3] = torch.nan
-    cases = cases_of(model.spec, 1)
+    cases = samples_of(model.spec, 1)
     rows = sum(len(c.question.prompt.token_ids) + len(c.answer) - 1 for c in cases)
     with pytest.raises(PassError) as caught:
         run_pass(Awq(scheme="w4a16", components=("decoder",)), model, context(cases))

@@ -15,8 +15,8 @@ from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Vlm
 from edgevlm.passes import FoldNorms, Quantize, Rotate, run_pass, run_passes, stages
 from edgevlm.quant.rotate import hadamard
-from tests.edgevlm.calibrated import context
-from tests.edgevlm.passes.odd import RMS_SPECS, SPECS, cases_of, inputs_of, logits_of, nearest
+from tests.edgevlm.calibrated import context, samples_of
+from tests.edgevlm.passes.odd import RMS_SPECS, SPECS, inputs_of, logits_of, nearest
 from tests.edgevlm.quant.slow import Floats, float64
 from tests.edgevlm.tiny import drawn, tiny_spec
 
@@ -35,7 +35,7 @@ def rotation(size: int, seed: int = 0) -> Floats:
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("spec", RMS_SPECS.values(), ids=RMS_SPECS.keys())
 def test_outputs_stay(spec: VlmSpec, heads: bool) -> None:
-    model, cases = folded(spec), cases_of(spec)
+    model, cases = folded(spec), samples_of(spec)
     before = logits_of(model, cases)
     assert before.std() > 0.5, "logits must be large enough to show a difference"
     seen = context(cases, probe=lambda changed: logits_of(changed, cases))
@@ -49,7 +49,7 @@ def test_outputs_stay(spec: VlmSpec, heads: bool) -> None:
 def test_values_of_layer_norm_decoders_are_rotated() -> None:
     """Each head with values of its own, and biases: attention averages, and a mean has them too."""
     spec = SPECS["plain"]
-    model, cases = drawn(spec), cases_of(spec)
+    model, cases = drawn(spec), samples_of(spec)
     before = logits_of(model, cases)
     values = inputs_of(model, cases, ["decoder.layers.0.attention.out"])
     vision = Rotate(components=("vision",), heads=True)
@@ -63,7 +63,7 @@ def test_values_of_layer_norm_decoders_are_rotated() -> None:
 
 @pytest.mark.parametrize("spec", RMS_SPECS.values(), ids=RMS_SPECS.keys())
 def test_rows_and_values_are_rotated(spec: VlmSpec) -> None:
-    before, after, cases = folded(spec), folded(spec), cases_of(spec)
+    before, after, cases = folded(spec), folded(spec), samples_of(spec)
     run_pass(Rotate(heads=True), after, context(seed=3))
     layer = spec.decoder.layers[0].attention
     # Norms of one pass a rotation on; what reads them is given rotated rows.

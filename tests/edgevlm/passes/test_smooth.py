@@ -14,8 +14,8 @@ from edgevlm.model.vlm import Vlm
 from edgevlm.passes import Quantize, Smooth, run_pass
 from edgevlm.quant.absorb import Absorber, absorbers
 from edgevlm.recipe import parse_recipe
-from tests.edgevlm.calibrated import context
-from tests.edgevlm.passes.odd import SPECS, cases_of, inputs_of, logits_of
+from tests.edgevlm.calibrated import context, samples_of
+from tests.edgevlm.passes.odd import SPECS, inputs_of, logits_of
 from tests.edgevlm.quant.slow import Floats, float64
 from tests.edgevlm.tiny import drawn, tiny_spec
 
@@ -46,7 +46,7 @@ def ranges_of(model: Vlm, absorber: Absorber, x: Floats) -> tuple[Floats, Floats
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_outputs_stay(spec: VlmSpec) -> None:
-    model, cases = drawn(spec), cases_of(spec)
+    model, cases = drawn(spec), samples_of(spec)
     before = logits_of(model, cases)
     assert before.std() > 0.5, "logits must be large enough to show a difference"
     seen = context(cases, probe=lambda changed: logits_of(changed, cases))
@@ -61,7 +61,7 @@ def test_outputs_stay(spec: VlmSpec) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_inputs_are_divided_by_the_ratio_of_the_ranges(spec: VlmSpec, alpha: float) -> None:
-    before, after, cases = drawn(spec), drawn(spec), cases_of(spec)
+    before, after, cases = drawn(spec), drawn(spec), samples_of(spec)
     found, _ = absorbers(spec, ALL)
     run_pass(Smooth(alpha=alpha), after, context(cases))
     sites = [absorber.sites[0] for absorber in found]
@@ -75,7 +75,7 @@ def test_inputs_are_divided_by_the_ratio_of_the_ranges(spec: VlmSpec, alpha: flo
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_half_makes_inputs_and_weights_alike_in_range(spec: VlmSpec) -> None:
-    model, cases = drawn(spec), cases_of(spec)
+    model, cases = drawn(spec), samples_of(spec)
     found, _ = absorbers(spec, ALL)
     run_pass(Smooth(alpha=0.5), model, context(cases))
     seen = inputs_of(model, cases, [absorber.sites[0] for absorber in found])
@@ -88,7 +88,7 @@ def test_half_makes_inputs_and_weights_alike_in_range(spec: VlmSpec) -> None:
 
 def test_matches() -> None:
     model = drawn(tiny_spec())
-    cases = cases_of(model.spec, 1)
+    cases = samples_of(model.spec, 1)
     change = run_pass(Smooth(components=("vision",)), model, context(cases))
     assert change.sites == tuple(
         f"vision.layers.{index}.{site}"
@@ -106,7 +106,7 @@ def test_matches() -> None:
 
 def test_an_interrupted_run_comes_to_the_same_bits(tmp_path: Path) -> None:
     spec = tiny_spec()
-    cases = cases_of(spec, 2)
+    cases = samples_of(spec, 2)
     whole, again = drawn(spec), drawn(spec)
     change = run_pass(Smooth(), whole, context(cases, work=tmp_path))
     (tmp_path / "decoder.layers.0.safetensors").unlink()
