@@ -9,7 +9,7 @@ allowed between float32 forms of one model, whatever a recipe says.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgevlm.recipe import FLOORS, EvidenceOptions
 
@@ -80,11 +80,30 @@ def limits(
     }
 
 
+def parting(bounds: Mapping[str, Bound], lost: Mapping[str, float]) -> dict[str, Bound]:
+    """Bounds of graphs whose model rounds in many layers, by what rounding `lost` there.
+
+    One number that rounds to the other side moves the numbers behind it, of which more round to the
+    other side: two runs may end as far apart as rounding itself is from none, and no further. So a
+    figure such as `vision.cosine` may lie twice as far from perfect as the model's own does.
+    """
+    found = dict(bounds)
+    for name, value in lost.items():
+        bound = bounds.get(name.split(".")[-1])
+        if bound is None:
+            continue
+        if name.split(".")[-1] in FLOORS:
+            found[name] = replace(bound, value=min(bound.value, 1.0 - 2.0 * (1.0 - value)))
+        else:
+            found[name] = replace(bound, value=max(bound.value, 2.0 * value))
+    return found
+
+
 def judge(measured: Mapping[str, float], bounds: Mapping[str, Bound]) -> tuple[Gate, ...]:
-    """Hold figures such as `decoder.max_error` against the bounds they have."""
+    """Hold figures such as `decoder.max_error` against their bounds, or those of `max_error`."""
     gates = []
     for name, value in measured.items():
-        bound = bounds.get(name.split(".")[-1])
+        bound = bounds.get(name, bounds.get(name.split(".")[-1]))
         if bound is not None:
             gates.append(Gate(name=name, measured=value, bound=bound.value, reason=bound.reason))
     return tuple(gates)

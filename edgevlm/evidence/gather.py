@@ -117,7 +117,17 @@ def graph_evidence(
     """
     name, root = variant.target, below.root
     graphs = climb.witnesses(name, files_key, lambda: _graphs(folder, name, below.ours))
-    rung = climb.rung(name, "graph", below.name, below.ours, graphs, root, complete=False)
+    last = below.rungs[-1]
+    rung = climb.rung(
+        name,
+        "graph",
+        below.name,
+        below.ours,
+        graphs,
+        root,
+        complete=False,
+        lost=last.figures if last.kind == "quantized" else None,
+    )
     demand(rung, lambda: _locate(subject, variant, folder))
     answers = climb.witnesses(
         f"{name}/runtime", files_key, lambda: RuntimeWitness(folder, name, climb.exam).answer

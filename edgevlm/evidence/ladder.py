@@ -18,7 +18,7 @@ from edgevlm.cache import StageCache, digest
 from edgevlm.errors import EvidenceError
 from edgevlm.evidence.bisect import Divergence
 from edgevlm.evidence.exam import Exam
-from edgevlm.evidence.gates import Bound
+from edgevlm.evidence.gates import Bound, parting
 from edgevlm.evidence.rung import Rung, compare
 from edgevlm.evidence.witness import Question, Witness, load, save
 from edgevlm.progress import Progress
@@ -78,8 +78,11 @@ class Climb:
         *,
         complete: bool = True,
         scored: Sequence[Witness] | None = None,
+        lost: Mapping[str, float] | None = None,
     ) -> Rung:
         """Measure a rung against its parent, its answers against those of `root`.
+
+        `lost` are the figures of a parent that was rounded, against the one before it.
 
         `complete` says that they are whole ones: then they are scored, as those of `scored` are (of
         `root` where nothing is given), for the loss of accuracy.
@@ -91,7 +94,7 @@ class Climb:
             reference=reference,
             ours=ours,
             root=root,
-            bounds=self.bounds[kind],
+            bounds=parting(self.bounds[kind], lost or {}),
             accuracy=self.exam.accuracy(ours) if complete else {},
             root_accuracy=self.exam.accuracy(root if scored is None else scored)
             if complete

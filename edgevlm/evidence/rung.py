@@ -39,6 +39,17 @@ class Rung:
     gates: tuple[Gate, ...] = ()
 
     @property
+    def figures(self) -> dict[str, float]:
+        """What gates are held against, by component and name."""
+        parts = {"vision": self.vision, "projector": self.projector, "decoder": self.decoder}
+        return {
+            f"{part}.{name}": value
+            for part, agreement in parts.items()
+            if agreement is not None
+            for name, value in agreement.figures.items()
+        }
+
+    @property
     def failed(self) -> tuple[Gate, ...]:
         """The gates that do not hold."""
         return tuple(gate for gate in self.gates if not gate.passed)
