@@ -23,9 +23,10 @@ def eager_witness(
     parent: Witness,
     *,
     end_tokens: frozenset[int],
+    max_new_tokens: int,
     generates: bool = True,
 ) -> Witness:
-    """Answer a question with our eager model.
+    """Answer a question with our eager model, in at most so many tokens.
 
     The decoder runs once over the prompt and the parent's answer, so its logits [len(answer), V]
     belong to the same rows as the parent's. Where the best token of every row is the parent's, that
@@ -40,12 +41,11 @@ def eager_witness(
     whole = torch.cat([rows, model.embedding(fed)[None]], dim=1)
     logits_RV = model.answer(whole, positions(question, len(fed)), rows.shape[1]).numpy()
     best = tuple(int(token) for token in logits_RV.argmax(axis=1))
-    answer = parent.answer
+    answer, free = parent.answer, None
     if best != parent.answer and not generates:
         answer = best[: 1 + first_difference(best, parent.answer)]
     elif best != parent.answer:
-        start = positions(question, 0)
-        answer = _greedy(model, rows, start, len(parent.answer), end_tokens)
+        answer, free = _greedy(model, rows, positions(question, 0), max_new_tokens, end_tokens)
     return Witness(
         vision=vision,
         projector=projector,
@@ -53,6 +53,7 @@ def eager_witness(
         logits=logits_RV,
         chained=chained,
         fed=parent.projector,
+        free=free,
     )
 
 
@@ -100,10 +101,13 @@ def _pictures(
 
 def _greedy(
     model: Vlm, rows: Tensor, start: Tensor, count: int, end_tokens: frozenset[int]
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], NDArray[np.float32]]:
+    """A greedy answer, and the logits [len(answer), V] that its tokens were chosen from."""
     answer: list[int] = []
-    for token, _ in islice(model.greedy(rows, start), count):
+    logits: list[NDArray[np.float32]] = []
+    for token, logits_V in islice(model.greedy(rows, start), count):
         answer.append(token)
+        logits.append(logits_V.numpy())
         if token in end_tokens:
             break
-    return tuple(answer)
+    return tuple(answer), np.stack(logits)

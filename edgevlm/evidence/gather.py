@@ -7,7 +7,7 @@ then the graphs of one variant after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,8 +90,9 @@ def model_evidence(subject: Subject, climb: Climb) -> ModelEvidence:
         rung = climb.rung(form.name, kind, rungs[-1].name, below, above, reference, complete=whole)
         demand(rung, (lambda: _origin(subject, climb)) if first else _nowhere)
         rungs.append(rung)
-        below = above
-        float_answers = above if first else float_answers
+        # What follows is held to the answer that it gives, not to the one it was compared along.
+        below = [witness.leading() for witness in above]
+        float_answers = below if first else float_answers
     return ModelEvidence(
         name=subject.forms[-1].name,
         reference=reference,
@@ -132,6 +133,10 @@ def graph_evidence(
     answers = climb.witnesses(
         f"{name}/runtime", files_key, lambda: RuntimeWitness(folder, name, climb.exam).answer
     )
+    if not climb.generates and len(subject.forms) > 1:
+        # Where our answers end at the first token that was lost, so do those held to them.
+        pairs = zip(answers, root, strict=True)
+        answers = [replace(ours, answer=ours.answer[: len(end.answer)]) for ours, end in pairs]
     top = climb.rung(
         f"{name}/runtime", "runtime", name, graphs, answers, root, scored=below.reference
     )
@@ -179,6 +184,7 @@ def _eager(subject: Subject, climb: Climb, form: Form, reference: Sequence[Witne
             question,
             reference[number],
             end_tokens=climb.exam.end_tokens,
+            max_new_tokens=climb.exam.max_new_tokens,
             generates=climb.generates or form.count == subject.forms[0].count,
         )
 

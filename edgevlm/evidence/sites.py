@@ -65,7 +65,13 @@ def _what_if(
     split_alike(float_model, quantized)
     with swapped(quantized, float_model, sites):
         found = [
-            eager_witness(quantized, question, parent, end_tokens=exam.end_tokens)
+            eager_witness(
+                quantized,
+                question,
+                parent,
+                end_tokens=exam.end_tokens,
+                max_new_tokens=exam.max_new_tokens,
+            )
             for question, parent in zip(exam.questions, reference, strict=True)
         ]
     agreement = logits_agreement([w.logits for w in reference], [w.logits for w in found])

@@ -7,7 +7,7 @@ what the rung's own earlier components did, so that an error counts where it ari
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,8 @@ class Witness:
     visual tokens [tokens, W]. `answer` is greedy; `logits` [len(answer), V] are the rows that its
     tokens were chosen from. Where the components were fed by a parent, `chained` are the visual
     tokens of its own features, which a graph of both components gives, and `fed` those that its
-    decoder read, which a decoder that is to agree with it must read too.
+    decoder read, which a decoder that is to agree with it must read too. Where the logits are along
+    a parent's answer that is not its own, `free` [len(answer), V] are those along its own.
     """
 
     vision: tuple[NDArray[np.float32], ...]
@@ -51,6 +52,12 @@ class Witness:
     logits: NDArray[np.float32]
     chained: tuple[NDArray[np.float32], ...] = ()
     fed: tuple[NDArray[np.float32], ...] = ()
+    free: NDArray[np.float32] | None = None
+
+    def leading(self) -> Witness:
+        """The same for those that follow its answer: with the logits of that one's rows."""
+        logits = self.logits[: len(self.answer)] if self.free is None else self.free
+        return replace(self, logits=logits, free=None)
 
 
 def ask(
@@ -70,6 +77,8 @@ def save(witnesses: Sequence[Witness]) -> dict[str, NDArray[np.float32] | NDArra
     for i, witness in enumerate(witnesses):
         arrays[f"{i}.answer"] = np.array(witness.answer, np.int64)
         arrays[f"{i}.logits"] = witness.logits
+        if witness.free is not None:
+            arrays[f"{i}.free"] = witness.free
         for part in PARTS:
             for j, array in enumerate(getattr(witness, part)):
                 arrays[f"{i}.{part}.{j}"] = array
@@ -92,6 +101,7 @@ def load(arrays: Mapping[str, NDArray[np.float32]]) -> list[Witness]:
             fed=parts(i, "fed"),
             answer=tuple(int(token) for token in arrays[f"{i}.answer"]),
             logits=arrays[f"{i}.logits"],
+            free=arrays.get(f"{i}.free"),
         )
         for i in range(count)
     ]
