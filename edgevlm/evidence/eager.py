@@ -24,36 +24,37 @@ def eager_witness(
     *,
     end_tokens: frozenset[int],
     max_new_tokens: int,
+    lossy: bool = False,
     generates: bool = True,
 ) -> Witness:
     """Answer a question with our eager model, in at most so many tokens.
 
-    The decoder runs once over the prompt and the parent's answer, so its logits [len(answer), V]
-    belong to the same rows as the parent's. Where the best token of every row is the parent's, that
-    *is* our greedy answer; else the answer is generated, or where it is not to be, ends with the
-    first token that differs.
+    The decoder runs over the prompt with the parent's visual tokens and over the parent's answer,
+    so its logits [len(answer), V] belong to the same rows as the parent's. A `lossy` form answers
+    from its own visual tokens, as what is made of it will. Where the best token of every row is the
+    parent's, that *is* our greedy answer; else the answer is generated, or where it is not to be,
+    ends with the first token that differs.
     """
     vision, projector, chained = _pictures(model, question, parent)
-    token_ids = torch.from_numpy(question.prompt.token_ids)
-    visual = np.concatenate(parent.projector) if parent.projector else None
-    rows = model.embed(token_ids, None if visual is None else torch.from_numpy(visual))
-    fed = torch.tensor(parent.answer[:-1], dtype=torch.long)
-    whole = torch.cat([rows, model.embedding(fed)[None]], dim=1)
-    logits_RV = model.answer(whole, positions(question, len(fed)), rows.shape[1]).numpy()
-    best = tuple(int(token) for token in logits_RV.argmax(axis=1))
-    answer, free = parent.answer, None
-    if best != parent.answer and not generates:
-        answer = best[: 1 + first_difference(best, parent.answer)]
+    logits_RV = _along(model, question, parent.projector, parent.answer)
+    fed, free_RV = parent.projector, logits_RV
+    if lossy and not all(map(np.array_equal, chained, parent.projector)):
+        fed, free_RV = chained, _along(model, question, chained, parent.answer)
+    answer = parent.answer
+    best = tuple(int(token) for token in free_RV.argmax(axis=1))
+    if best != parent.answer and generates:
+        answer, free_RV = _greedy(model, question, fed, max_new_tokens, end_tokens)
     elif best != parent.answer:
-        answer, free = _greedy(model, rows, positions(question, 0), max_new_tokens, end_tokens)
+        answer = best[: 1 + first_difference(best, parent.answer)]
+        free_RV = free_RV[: len(answer)]
     return Witness(
         vision=vision,
         projector=projector,
         answer=answer,
         logits=logits_RV,
         chained=chained,
-        fed=parent.projector,
-        free=free,
+        fed=fed,
+        free=None if free_RV is logits_RV else free_RV,
     )
 
 
@@ -99,15 +100,39 @@ def _pictures(
     return tuple(vision), tuple(projector), tuple(chained)
 
 
+def _along(
+    model: Vlm, question: Question, visual: Sequence[NDArray[np.float32]], answer: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Logits [len(answer), V] of the rows that choose an answer."""
+    rows = _embedded(model, question, visual)
+    fed = torch.tensor(answer[:-1], dtype=torch.long)
+    whole = torch.cat([rows, model.embedding(fed)[None]], dim=1)
+    logits_RV: NDArray[np.float32] = model.answer(
+        whole, positions(question, len(fed)), rows.shape[1]
+    ).numpy()
+    return logits_RV
+
+
 def _greedy(
-    model: Vlm, rows: Tensor, start: Tensor, count: int, end_tokens: frozenset[int]
+    model: Vlm,
+    question: Question,
+    visual: Sequence[NDArray[np.float32]],
+    count: int,
+    end_tokens: frozenset[int],
 ) -> tuple[tuple[int, ...], NDArray[np.float32]]:
     """A greedy answer, and the logits [len(answer), V] that its tokens were chosen from."""
     answer: list[int] = []
     logits: list[NDArray[np.float32]] = []
-    for token, logits_V in islice(model.greedy(rows, start), count):
+    rows = _embedded(model, question, visual)
+    for token, logits_V in islice(model.greedy(rows, positions(question, 0)), count):
         answer.append(token)
         logits.append(logits_V.numpy())
         if token in end_tokens:
             break
     return tuple(answer), np.stack(logits)
+
+
+def _embedded(model: Vlm, question: Question, visual: Sequence[NDArray[np.float32]]) -> Tensor:
+    """Rows [1, T, W] of the prompt, with these visual tokens."""
+    tokens = torch.from_numpy(np.concatenate(visual)) if visual else None
+    return model.embed(torch.from_numpy(question.prompt.token_ids), tokens)

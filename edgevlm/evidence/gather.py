@@ -185,7 +185,8 @@ def _eager(subject: Subject, climb: Climb, form: Form, reference: Sequence[Witne
             reference[number],
             end_tokens=climb.exam.end_tokens,
             max_new_tokens=climb.exam.max_new_tokens,
-            generates=climb.generates or form.count == subject.forms[0].count,
+            lossy=form is not subject.forms[0],
+            generates=climb.generates or form is subject.forms[0],
         )
 
     return answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ from edgevlm.evidence.witness import Witness
 from edgevlm.model.vlm import Vlm
 from edgevlm.progress import Progress
 from edgevlm.quant.calibrate import CalibrationCase
-from edgevlm.quant.harm import extra_bytes, site_harms, site_noises, split_alike, swapped
+from edgevlm.quant.harm import extra_bytes, logits_along, site_harms, site_noises, swapped
 
 NOISE_SAMPLES = 4
 HARM_SAMPLES = 6
@@ -37,48 +37,47 @@ def site_evidence(
         for question, witness in zip(exam.questions, reference, strict=True)
     ]
     # Long answers have many rows to tell by, and short ones are what most tasks want.
-    cases = [*sorted(cases, key=lambda case: -len(case.answer))[: HARM_SAMPLES // 2], *cases]
-    noises = site_noises(float_model, quantized, cases[:NOISE_SAMPLES])
+    telling = [*sorted(cases, key=lambda case: -len(case.answer))[: HARM_SAMPLES // 2], *cases]
+    noises = site_noises(float_model, quantized, telling[:NOISE_SAMPLES])
     report: dict[str, Any] = {"noise": [asdict(row) for row in noises], "harm": [], "what_if": []}
     if exam.score is None:
         return report
-    harms = site_harms(float_model, quantized, cases[:HARM_SAMPLES], progress)
+    harms = site_harms(float_model, quantized, telling[:HARM_SAMPLES], progress)
     report["harm"] = [asdict(row) for row in harms]
     worst = [harm.site for harm in harms]
+    float_logits = logits_along(float_model, cases)
     counts = [0, *(count for count in LEFT_IN_FLOAT if count < len(worst))]
     with progress.stage("what if sites were float", len(counts)) as advance:
         for count in counts:
             left = worst[:count]
-            report["what_if"].append(_what_if(float_model, quantized, exam, reference, left))
+            with swapped(quantized, float_model, left):
+                agreement = logits_agreement(float_logits, logits_along(quantized, cases))
+                accuracy = _accuracy(quantized, exam, reference)
+            report["what_if"].append(
+                {
+                    "sites": left,
+                    "kl": agreement.kl,
+                    "argmax": agreement.argmax,
+                    "accuracy": accuracy,
+                    "extra_bytes": extra_bytes(quantized, left),
+                }
+            )
             advance(1)
     return report
 
 
-def _what_if(
-    float_model: Vlm,
-    quantized: Vlm,
-    exam: Exam,
-    reference: Sequence[Witness],
-    sites: Sequence[str],
-) -> Mapping[str, Any]:
-    """KL, argmax agreement, accuracy and bytes with these sites in float."""
-    split_alike(float_model, quantized)
-    with swapped(quantized, float_model, sites):
-        found = [
-            eager_witness(
-                quantized,
-                question,
-                parent,
-                end_tokens=exam.end_tokens,
-                max_new_tokens=exam.max_new_tokens,
-            )
-            for question, parent in zip(exam.questions, reference, strict=True)
-        ]
-    agreement = logits_agreement([w.logits for w in reference], [w.logits for w in found])
-    return {
-        "sites": list(sites),
-        "kl": agreement.kl,
-        "argmax": agreement.argmax,
-        "accuracy": exam.accuracy(found).get("mean_accuracy"),
-        "extra_bytes": extra_bytes(quantized, sites),
-    }
+def _accuracy(model: Vlm, exam: Exam, reference: Sequence[Witness]) -> float | None:
+    """The mean accuracy of a model's own answers."""
+    found = [
+        eager_witness(
+            model,
+            question,
+            parent,
+            end_tokens=exam.end_tokens,
+            max_new_tokens=exam.max_new_tokens,
+            lossy=True,
+        )
+        for question, parent in zip(exam.questions, reference, strict=True)
+    ]
+    accuracy: float | None = exam.accuracy(found).get("mean_accuracy")
+    return accuracy

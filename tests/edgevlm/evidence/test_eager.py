@@ -131,6 +131,41 @@ def test_the_same_answer_needs_no_other_logits(story: Story) -> None:
     np.testing.assert_array_equal(found.leading().logits, twin.logits)
 
 
+@pytest.mark.parametrize("generates", [True, False])
+def test_a_lossy_form_answers_from_its_own_visual_tokens(story: Story, generates: bool) -> None:
+    """Its logits are still along the parent's tokens, so that the loss of each part is its own."""
+    model = drawn(tiny_spec())
+    options = {"vision": {"scheme": "w4a16", "per_channel": True}, "decoder": "w8a16"}
+    quantized(model, options, targets=("static",))
+    found = eager_witness(
+        model,
+        story.question,
+        story.parent,
+        end_tokens=frozenset(),
+        max_new_tokens=LENGTH,
+        lossy=True,
+        generates=generates,
+    )
+    visual, rows = prompt_of(model, story.question)
+    np.testing.assert_array_equal(found.chained[0], visual.numpy())
+    np.testing.assert_array_equal(found.fed[0], visual.numpy())
+    given = torch.from_numpy(story.parent.projector[0])
+    ids = torch.from_numpy(story.question.prompt.token_ids)
+    with torch.no_grad():
+        beside = model.embed(ids, given)
+    want = along(model, story.question, beside, story.parent.answer)
+    np.testing.assert_array_equal(found.logits, want)
+    assert float((given - visual).abs().max()) > 0.05
+    own = along(model, story.question, rows, found.answer)
+    np.testing.assert_allclose(found.leading().logits, own, atol=2e-5, rtol=0)
+    if generates:
+        assert found.answer == greedy(model, story.question, rows, LENGTH)
+    else:
+        best = tuple(own.argmax(axis=1))
+        assert best == found.answer
+        assert found.answer[:-1] == story.parent.answer[: len(found.answer) - 1]
+
+
 def test_both_kinds_of_logits_survive_being_kept(story: Story) -> None:
     kept = [story.witness(), story.witness(generates=False)]
     for before, after in zip(kept, load(save(kept)), strict=True):  # type: ignore[arg-type]
