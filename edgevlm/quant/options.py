@@ -114,6 +114,12 @@ class SchemeOptions(Options):
                     hint=f"remove {key}",
                     key=key,
                 )
+        if self.activation_ranges == "mse":
+            raise Complaint(
+                "activation_ranges 'mse' is about integers, and fp8 has none",
+                hint="choose minmax or percentile",
+                key="activation_ranges",
+            )
 
 
 class KvOptions(Options):

@@ -164,7 +164,7 @@ def test_gptq_is_no_worse_than_rounding_to_nearest_on_what_each_site_sees(
         assert isinstance(module, QuantLinear)
         x = inputs_of(up_to(plain, model, unit_of(site)), site, cases).double()
         weight = plain.get_submodule(site).get_parameter("weight").detach()
-        nearest = rtn(weight, bits=4, group_size=16, symmetric=symmetric).dequantize()
+        nearest = rtn(weight, bits=4, group_size=16, symmetric=symmetric, ranges="mse").dequantize()
         ours, theirs = (
             float((x @ (weight - other).double().T).square().sum())
             for other in (module.float_weight(), nearest)

@@ -141,6 +141,11 @@ RULE = "a site rule has either a scheme or skip\n  hint: write skip: REASON, or 
             "5:30: ranges 'mse' is about integers, and fp8 has none\n  hint: remove ranges",
         ),
         (
+            "decoder: {scheme: fp8, activation_ranges: mse}",
+            "5:30: activation_ranges 'mse' is about integers, and fp8 has none\n"
+            "  hint: choose minmax or percentile",
+        ),
+        (
             "kv: int16",
             "5:11: passes.0.quantize.kv must be one of 'int8', 'int4', 'float8_e4m3fn', "
             "'float8_e5m2', got 'int16'\n  hint: did you mean 'int8'?",
