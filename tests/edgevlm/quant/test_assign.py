@@ -8,39 +8,16 @@ from typing import Any
 import pytest
 
 from edgevlm.decisions import Decision
-from edgevlm.device import Device, load_device, parse_device
+from edgevlm.device import parse_device
 from edgevlm.errors import PassError
 from edgevlm.model.spec import VlmSpec
-from edgevlm.quant.assign import Assignment, Wishes, assign, scheme_of
-from edgevlm.quant.options import SchemeOptions, SiteOptions
+from edgevlm.quant.assign import scheme_of
+from edgevlm.quant.options import SiteOptions
 from edgevlm.quant.sites import linear_sites
 from edgevlm.quant.spec import ActivationQuant, Scheme, WeightQuant
 from edgevlm.resources import device_files
+from tests.edgevlm.quant.assigning import BOTH, HOST, ORT, STATIC, assigned, said, wish
 from tests.edgevlm.tiny import drawn, native_spec, tiny_spec
-
-HOST = load_device("host-cpu")
-ORT, STATIC, BOTH = ("ort",), ("static",), ("ort", "static")
-
-
-def wish(scheme: Any, **more: Any) -> SchemeOptions:
-    return SchemeOptions.model_validate({"scheme": scheme, **more})
-
-
-def assigned(
-    targets: tuple[str, ...] = ORT,
-    *rules: SiteOptions,
-    spec: VlmSpec | None = None,
-    device: Device = HOST,
-    prefill: SchemeOptions | None = None,
-    **components: SchemeOptions,
-) -> Assignment:
-    wishes = Wishes(components=components, prefill=prefill, rules=rules)
-    return assign(wishes, spec or tiny_spec(), device, targets)
-
-
-def said(assignment: Assignment) -> list[Decision]:
-    """The decisions but those about opsets."""
-    return [item for item in assignment.decisions if not item.asked.startswith("opset")]
 
 
 @pytest.mark.parametrize(
@@ -304,128 +281,3 @@ def test_what_is_predicted_follows_from_the_peaks() -> None:
     ours, theirs = (2e3 * 256 * numbers / (speed * 1e9) for speed in (639, 342))
     assert found.effect.endswith(f"256 rows take {ours:.0f} ms of products instead of {theirs:.0f}")
     assert (round(ours), round(theirs)) == (31, 58)
-
-
-KNOWN_ORT = "it multiplies int4 x float32, int4 x int8, int8 x float32, int8 x int8"
-GROUPS = "host-cpu has kernels for groups of 16, 32, 64, 128, 256"
-SET_GROUPS = "set group_size or per_channel accordingly"
-
-
-@pytest.mark.parametrize(
-    ("asked", "targets", "expected"),
-    [
-        (
-            {"scheme": "w4a16", "group_size": 48},
-            ORT,
-            ("quantize decoder w4a16 in groups of 48 on 'ort'", GROUPS, SET_GROUPS),
-        ),
-        (
-            {"scheme": "w4a16", "group_size": 256},
-            STATIC,
-            (
-                "quantize decoder w4a16 in groups of 256 on 'static'",
-                "host-cpu has kernels for whole channels and groups of 16, 32, 64, 128",
-                SET_GROUPS,
-            ),
-        ),
-        (
-            {"scheme": "w4a16", "per_channel": True},
-            ORT,
-            ("quantize decoder w4a16 in whole channels on 'ort'", GROUPS, SET_GROUPS),
-        ),
-        (
-            {"scheme": "w4a8"},
-            BOTH,
-            (
-                "quantize decoder w4a8 in groups of 32 on 'ort'",
-                "host-cpu has kernels for whole channels",
-                SET_GROUPS,
-            ),
-        ),
-        (
-            {"scheme": "w16a16"},
-            ORT,
-            (
-                "quantize decoder w16a16 on 'ort'",
-                "host-cpu multiplies no int16 by float32 there",
-                KNOWN_ORT,
-            ),
-        ),
-        (
-            {"scheme": "fp8"},
-            ORT,
-            (
-                "quantize decoder fp8 on 'ort'",
-                "host-cpu multiplies no float8_e4m3fn by float8_e4m3fn there",
-                KNOWN_ORT,
-            ),
-        ),
-        (
-            {"scheme": "w8a8", "activations": "token"},
-            STATIC,
-            (
-                "quantize decoder w8a8 with activations: token on 'static'",
-                "host-cpu has kernels for activations: static",
-                "set activations accordingly",
-            ),
-        ),
-        (
-            {"scheme": "w8a8", "activations": "tensor"},
-            ORT,
-            (
-                "quantize decoder w8a8 with activations: tensor",
-                "a row would change with the rows beside it, and a prompt with how it is cut",
-                "choose activations: token, or static",
-            ),
-        ),
-    ],
-)
-def test_what_no_kernel_does_is_refused(
-    asked: dict[str, Any], targets: tuple[str, ...], expected: tuple[str, str, str]
-) -> None:
-    """One refusal for the whole part, from the device's file alone."""
-    (found,) = said(assigned(targets, decoder=wish(**asked)))
-    assert found == Decision(
-        asked=expected[0], outcome="refused", reason=expected[1], effect=expected[2]
-    )
-
-
-def test_the_encoder_may_have_one_scale_for_a_picture() -> None:
-    (found,) = said(assigned(vision=wish("w8a8", activations="tensor")))
-    assert found.outcome == "degraded"
-    assert "7-bit tensor" in found.effect
-
-
-@pytest.mark.parametrize(
-    ("newest", "expected"),
-    [
-        (
-            26,
-            Decision(
-                asked="opset 19 of target 'static'",
-                outcome="degraded",
-                reason="int16, int4 and groups need opset 21",
-                effect="graphs are opset 21",
-            ),
-        ),
-        (
-            20,
-            Decision(
-                asked="opset 19 of target 'static'",
-                outcome="refused",
-                reason="int16, int4 and groups need opset 21, host-cpu loads opset 20 at most",
-                effect="choose w8a8 or fp8 per channel",
-            ),
-        ),
-    ],
-)
-def test_a_newer_opset_is_told(newest: int, expected: Decision) -> None:
-    path = device_files()["host-cpu"]
-    old = path.read_text().replace("opset_max: {value: 26", f"opset_max: {{value: {newest}")
-    device = parse_device(old, path)
-    for scheme in ("w8a16", "w4a16", "w16a16"):
-        found = assigned(STATIC, decoder=wish(scheme), device=device).decisions
-        assert [item for item in found if item.asked.startswith("opset")] == [expected]
-    for scheme in ("w8a8", "fp8"):
-        found = assigned(STATIC, decoder=wish(scheme), device=device).decisions
-        assert [item.outcome for item in found] == ["applied"]
