@@ -99,6 +99,7 @@ def _rounded(
         group_size=size,
         symmetric=is_symmetric,
         ranges=ranges,
+        act_order=True,
     )
     return refit_scales(weight, found.tensor, statistics.products)
 
