@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
@@ -19,6 +20,7 @@ from edgevlm.cache import StageCache
 from edgevlm.compile import Job, compile_recipe, file_entries
 from edgevlm.errors import EvidenceError
 from edgevlm.model.spec import VlmSpec
+from edgevlm.plan import Plan
 from edgevlm.progress import Silent
 from edgevlm.recipe import load_recipe
 from edgevlm_runtime.bundle import Bundle
@@ -74,9 +76,14 @@ def provenance(made: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def planned(recipe: Path, cache: StageCache) -> VlmSpec:
+def plan(recipe: Path, cache: StageCache) -> Plan:
+    return Job(load_recipe(recipe), cache, Silent()).plan
+
+
+@pytest.fixture(scope="module")
+def planned(plan: Plan) -> VlmSpec:
     """The spec that the audits are held to."""
-    return Job(load_recipe(recipe), cache, Silent()).plan.spec
+    return plan.spec
 
 
 def sites_of(spec: VlmSpec, *roots: str) -> set[str]:
@@ -110,6 +117,26 @@ def test_cache_and_table_are_of_eight_bits(made: Path) -> None:
     }
     shared = ("weights.bin", "embedding.npy", "embedding.scales.npy")
     assert {graph.weights for graph in steps.values()} == {shared}
+
+
+def test_memory_is_that_of_the_plan(made: Path, plan: Plan) -> None:
+    """The cache to the byte; of the weights what lies in their file, and what is in the graphs."""
+    (variant,) = plan.variants
+    (state,) = Bundle.open(made).manifest.variants["ort"].state
+    assert variant.memory.state == state.nbytes
+    held: dict[object, int] = {}
+    for path in made.glob("*.onnx"):
+        for name, value in ir.load(path).graph.initializers.items():
+            tensor = value.const_value
+            assert tensor is not None
+            if not isinstance(tensor, ir.ExternalTensor):
+                held[path.name, name] = tensor.nbytes
+            elif tensor.location == "weights.bin":
+                held[tensor.offset] = tensor.nbytes
+    # Besides, graphs have constants of a few bytes.
+    assert sum(held.values()) == pytest.approx(variant.memory.weights, rel=0.03)
+    tables = [(made / name).stat().st_size for name in ("embedding.npy", "embedding.scales.npy")]
+    assert 0 < sum(tables) - variant.memory.embedding < 2 * 256
 
 
 def test_what_was_done_is_written_down(provenance: dict[str, Any], planned: VlmSpec) -> None:
