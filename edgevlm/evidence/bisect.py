@@ -21,7 +21,7 @@ from torch import nn
 PROBES = 16
 """Sites compared in one run of both sides: few enough to hold, enough to need three runs."""
 
-NOISE = 6e-5
+NOISE = 2e-4
 """Float32 kernels that add in another order stay below this, in units of the site's std."""
 
 SHARE = 0.05
