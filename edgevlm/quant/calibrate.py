@@ -146,6 +146,12 @@ def decoder_calls(
     return _first_calls(decoder.layers, runs)
 
 
+def run_head(decoder: Decoder, states: Sequence[Tensor]) -> None:
+    """Run the head on the rows of every sample: its logits are many, and none are kept."""
+    for state in states:
+        decoder.head(decoder.norm(state))
+
+
 def decoder_inputs(
     model: Vlm,
     cases: Sequence[CalibrationCase],

@@ -10,6 +10,7 @@ with the next one, and comes to the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from edgevlm.quant.calibrate import (
     embed_pictures,
     encode_features,
     project_features,
+    run_head,
     vision_calls,
 )
 from edgevlm.quant.kv import calibrate_cache
@@ -160,7 +162,7 @@ class Job:
             states = calls.states if calls is not None else []
             run: Run | None = None
             if states:
-                run = lambda: [decoder.head(decoder.norm(state)) for state in states]  # noqa: E731
+                run = partial(run_head, decoder, states)
             yield from self._unit("decoder.head", run)
 
     def _layers(self, name: str, layers: nn.ModuleList, calls: LayerCalls | None) -> Iterator[str]:
@@ -207,7 +209,12 @@ class Job:
             wanted[reader] = wanted.get(reader, Wanted()) | self._wanted[site]
             first.setdefault(reader, site)
         gathered = {
-            reader: Statistics(first[reader], self.linear(first[reader]).in_features, what)
+            reader: Statistics(
+                first[reader],
+                self.linear(first[reader]).in_features,
+                what,
+                answers=self._answers(first[reader]),
+            )
             for reader, what in wanted.items()
             if what
         }
@@ -216,6 +223,12 @@ class Job:
         assert run is not None, f"{sites[0]} is calibrated"
         observe(self.model, {first[reader]: seen for reader, seen in gathered.items()}, run)
         return gathered
+
+    def _answers(self, site: str) -> list[int]:
+        """How many rows of each sample's input predict its answer; the first ends the prompt."""
+        if not site.startswith("decoder."):
+            return []
+        return [len(case.answer) for case in self.cases]
 
     def _restore(self, sites: Sequence[str], kept: Path) -> None:
         with safe_open(kept, framework="pt") as tensors:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edgevlm.model.vlm import Decoder, Vlm
+from edgevlm.model.vlm import Vlm
 from edgevlm.passes.base import Context
 from edgevlm.quant.absorb import Absorber, divide
 from edgevlm.quant.calibrate import (
@@ -25,6 +25,7 @@ from edgevlm.quant.calibrate import (
     decoder_calls,
     encode_features,
     project_features,
+    run_head,
     vision_calls,
 )
 from edgevlm.quant.observe import Observer, Run, drawn_cases, observe
@@ -136,13 +137,7 @@ def _runs(
         for index, layer in enumerate(model.decoder.layers):
             yield f"decoder.layers.{index}", partial(calls.advance, layer)
         if "decoder.head" in units:
-            yield "decoder.head", lambda: _run_head(model.decoder, calls.states)
-
-
-def _run_head(decoder: Decoder, states: Sequence[Tensor]) -> None:
-    """Run the head on every sample: its logits are many, and none are kept."""
-    for state in states:
-        decoder.head(decoder.norm(state))
+            yield "decoder.head", lambda: run_head(model.decoder, calls.states)
 
 
 def _keep(members: Sequence[Absorber], found: Sequence[Scaling], path: Path) -> None:

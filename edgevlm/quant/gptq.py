@@ -35,7 +35,7 @@ MAX_ROWS = 8192
 class Hessian:
     """Second moments of a site's inputs, and the means of its channels, over all batches.
 
-    `matrix` is the sum of x^T x [K, K], float32, over `count` rows.
+    `matrix` is the sum of x^T x [K, K], float32, over `count` rows; a row may count many times.
     """
 
     def __init__(self, columns: int, *, site: str | None = None, name: str = "quantize") -> None:
@@ -46,16 +46,16 @@ class Hessian:
         self._sum_K = torch.zeros(columns, dtype=torch.float64)
         self._abs_sum_K = torch.zeros(columns, dtype=torch.float64)
 
-    def update(self, x: Tensor) -> None:
-        """Add a batch [..., K]; raises PassError where it has NaN or infinities."""
+    def update(self, x: Tensor, times: int = 1) -> None:
+        """Add a batch [..., K], `times` times; raises PassError where it has NaN or infinities."""
         x_RK = x.detach().reshape(-1, x.shape[-1]).float()
         abs_sum_K = x_RK.abs().sum(dim=0)
         if not bool(torch.isfinite(abs_sum_K).all()):
             check_finite(x_RK, "activations", site=self.site, name=self.name)
-        self.matrix.addmm_(x_RK.T, x_RK)
-        self._sum_K += x_RK.sum(dim=0)
-        self._abs_sum_K += abs_sum_K
-        self.count += len(x_RK)
+        self.matrix.addmm_(x_RK.T, x_RK, alpha=times)
+        self._sum_K += x_RK.sum(dim=0) * times
+        self._abs_sum_K += abs_sum_K * times
+        self.count += len(x_RK) * times
 
     def mean(self) -> Tensor:
         """The mean of x^T x [K, K], float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,10 @@ from edgevlm.quant.spec import Scheme
 __all__ = ["Statistics", "Wanted", "wanted_of"]
 
 METHODS_ON_PRODUCTS = frozenset({"gptq"})
+ANSWER_TIMES = 10
+"""How many rows of a prompt a row that predicts an answer counts for. Most samples are a hundred
+rows of picture and a handful of answer, and answers are what a user sees: counted alike, products
+know next to nothing of them. More than this many times changes little (docs/quantization.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,15 @@ def wanted_of(scheme: Scheme, options: SchemeOptions, bias_correction: bool) -> 
 class Statistics:
     """Statistics of one input [..., K]; raises PassError at NaN or infinity, naming the site."""
 
-    def __init__(self, site: str, columns: int, wanted: Wanted) -> None:
-        """Start with nothing seen."""
+    def __init__(
+        self, site: str, columns: int, wanted: Wanted, *, answers: Sequence[int] = ()
+    ) -> None:
+        """Start with nothing seen.
+
+        `answers` has the number of rows that predict an answer, the last ones of each input, one
+        input after the other; inputs beyond them have none.
+        """
+        self._answers = iter(answers)
         self._has_means = wanted.means
         self.range = ActivationRange(site) if wanted.ranges or wanted.means else None
         self.products = Hessian(columns, site=site) if wanted.products else None
@@ -61,8 +73,11 @@ class Statistics:
         rows = x.flatten(0, -2)
         if self.range is not None:
             self.range.update(rows)
+        answers = next(self._answers, 0)
         if self.products is not None:
             self.products.update(rows)
+            if answers:
+                self.products.update(rows[-answers:], ANSWER_TIMES - 1)
 
     @property
     def mean(self) -> Tensor | None:

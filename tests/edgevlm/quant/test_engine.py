@@ -19,6 +19,7 @@ from edgevlm.model.vlm import Vlm
 from edgevlm.quant import engine
 from edgevlm.quant.calibrate import CalibrationCase
 from edgevlm.quant.rtn import rtn
+from edgevlm.quant.statistics import ANSWER_TIMES
 from tests.edgevlm.calibrated import quantized, samples_of
 from tests.edgevlm.quant.units import UNITS, unit_of
 from tests.edgevlm.tiny import drawn, tiny_spec
@@ -134,11 +135,47 @@ def test_what_the_decoder_for_prompts_sees_are_prompts(
     assert model.decoder.layers[0].attention.qkv.weight.dtype == torch.float32
 
 
+def times_of(cases: Sequence[CalibrationCase]) -> Tensor:
+    """How often every row of the decoder counts."""
+    times: list[int] = []
+    for case in cases:
+        # The row behind the last token of the prompt predicts the first of the answer.
+        times += [1] * (len(case.question.prompt.token_ids) - 1)
+        times += [ANSWER_TIMES] * len(case.answer)
+    return torch.tensor(times, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [("decoder", times_of(samples_of(tiny_spec())).sum()), ("prefill", None), ("vision", None)],
+)
+def test_rows_that_predict_an_answer_count_many_times(
+    cases: list[CalibrationCase], part: str, rows: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: dict[str, int] = {}
+    plain = engine.quantized_linear
+
+    def noted(*arguments: Any, site: str) -> QuantLinear:
+        statistics = arguments[3]
+        counts[site] = statistics.products.count
+        return plain(*arguments, site=site)
+
+    monkeypatch.setattr(engine, "quantized_linear", noted)
+    site = f"{part}.layers.1.mlp.up"
+    quantized(drawn(tiny_spec()), {part: {"scheme": "w4a16", "method": "gptq"}}, cases)
+    seen = inputs_of(drawn(tiny_spec()), site, cases) if part != "prefill" else None
+    prompts = sum(len(case.question.prompt.token_ids) for case in cases)
+    assert counts[site] == (rows or (prompts if seen is None else len(seen)))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_is_no_worse_than_rounding_to_nearest_on_what_each_site_sees(
     cases: list[CalibrationCase], symmetric: bool
 ) -> None:
-    """The objective is the squared error of outputs over the very inputs of calibration."""
+    """The objective is the squared error of outputs over the very inputs of calibration.
+
+    Rows of the decoder that predict an answer count as often as ANSWER_TIMES says.
+    """
     options = {"scheme": "w4a16", "group_size": 16, "method": "gptq", "symmetric": symmetric}
     model, plain = drawn(tiny_spec()), drawn(tiny_spec())
     quantized(model, {"vision": options, "decoder": options}, cases)
@@ -147,6 +184,8 @@ def test_gptq_is_no_worse_than_rounding_to_nearest_on_what_each_site_sees(
         module = model.get_submodule(site)
         assert isinstance(module, QuantLinear)
         x = inputs_of(up_to(plain, model, unit_of(site)), site, cases).double()
+        if site.startswith("decoder."):
+            x = x * times_of(cases).sqrt()[:, None]
         weight = plain.get_submodule(site).get_parameter("weight").detach()
         nearest = rtn(weight, bits=4, group_size=16, symmetric=symmetric, ranges="mse").dequantize()
         ours, theirs = (
@@ -302,9 +341,9 @@ def test_maps_of_one_reader_share_what_is_known_of_it(
     made: list[str] = []
     original = engine.Statistics
 
-    def noted(site: str, *arguments: Any) -> Any:
+    def noted(site: str, *arguments: Any, **more: Any) -> Any:
         made.append(site)
-        return original(site, *arguments)
+        return original(site, *arguments, **more)
 
     monkeypatch.setattr(engine, "Statistics", noted)
     static = {"scheme": "w8a8", "activations": "static"}

@@ -222,6 +222,14 @@ def test_moments_are_those_of_numpy() -> None:
     np.testing.assert_allclose(hessian.channel_mean, numbers.mean(axis=0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(hessian.channel_absmean, np.abs(numbers).mean(axis=0), rtol=1e-5)
     assert hessian.count == 60
+    often = Hessian(24)
+    often.update(x[:40])
+    often.update(x[40:], 3)
+    repeated = slow.hessian_of(torch.cat([x, x[40:], x[40:]]))
+    assert often.count == repeated.count == 100
+    np.testing.assert_allclose(often.mean(), repeated.mean(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(often.channel_mean, repeated.channel_mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(often.channel_absmean, repeated.channel_absmean, rtol=1e-5)
     scale = torch.rand(24) + 0.5
     divided = hessian.divided(scale)
     other = slow.hessian_of(x / scale)
