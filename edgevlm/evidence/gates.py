@@ -60,7 +60,7 @@ def limits(
 
     What a quantized model of `drawn` weights loses is measured and not judged: it has no answers to
     lose, and its logits lie closer together than those of any trained model, closer than what two
-    kernels make of them. So its graphs are held to its logits, and not to its choice of tokens.
+    kernels make of them. So its graphs are held to its logits, and nothing to the tokens chosen.
     """
     reasons = options.loosened
     shared = {
@@ -77,7 +77,7 @@ def limits(
         runtime = {"token_agreement": graph["token_agreement"], **drop}
         if drawn:
             graph = {name: bound for name, bound in graph.items() if name not in CHOICES}
-            return {"model": model, "quantized": {}, "graph": graph, "runtime": runtime}
+            return {"model": model, "quantized": {}, "graph": graph, "runtime": {}}
         return {"model": model, "quantized": lossy, "graph": graph, "runtime": runtime}
     return {
         "model": model,

@@ -28,6 +28,7 @@ def test_drawn_weights_lose_nothing() -> None:
     options = EvidenceOptions()
     assert limits(options, quantized=True, drawn=True)["quantized"] == {}
     assert set(limits(options, quantized=True, drawn=True)["graph"]) == {"cosine", "kl"}
+    assert limits(options, quantized=True, drawn=True)["runtime"] == {}
     trained = limits(options, quantized=True)["quantized"]
     assert {name: bound.value for name, bound in trained.items()} == {
         "accuracy_drop": 0.03,
