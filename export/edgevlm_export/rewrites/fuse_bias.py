@@ -2,7 +2,6 @@
 
     z = Gelu(x + bias)                              z = BiasGelu(x, bias)
     z = FastGelu(x + bias)                          z = FastGelu(x, bias)
-    z = SkipLayerNormalization(r, x + bias, w, b)   z = SkipLayerNormalization(r, x, w, b, bias)
     z = MultiHeadAttention(q + a, k + b, v + c)     z = MultiHeadAttention(q, k, v, a|b|c)
 
 The sums, outputs of sites, are gone from the graph then; taps say how to compute them again.
@@ -21,7 +20,6 @@ from edgevlm_export.taps import record_tap
 _FUSED = {
     "Gelu": ("BiasGelu", (0,), 1),
     "FastGelu": ("FastGelu", (0,), 1),
-    "SkipLayerNormalization": ("SkipLayerNormalization", (1,), 4),
     "MultiHeadAttention": ("MultiHeadAttention", (0, 1, 2), 3),
 }
 

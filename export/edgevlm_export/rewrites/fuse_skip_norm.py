@@ -1,11 +1,13 @@
-"""A residual add and the norm of its sum become one node.
+"""A residual add and the root-mean-square norm of its sum become one node.
 
     sum = Add(a, b);  y = SimplifiedLayerNormalization(sum)
     y, _, _, sum = com.microsoft::SkipSimplifiedLayerNormalization(a, b)
 
-and the same for LayerNormalization. The node has the norm's name; the sum keeps its own, and is
-left out only where nothing reads it and it is no site: evidence must be able to look at every
-layer.
+The node has the norm's name; the sum keeps its own, and is left out only where nothing reads it and
+it is no site: evidence must be able to look at every layer.
+
+LayerNormalization stays apart: for 1,024 rows of 768, SkipLayerNormalization takes 2.5 ms on two
+cores with AVX2, and the two ops 0.5.
 """
 
 from __future__ import annotations
@@ -15,10 +17,7 @@ import onnx_ir as ir
 from edgevlm_export.ops.op import MICROSOFT
 from edgevlm_export.taps import is_site
 
-_FUSED = {
-    "LayerNormalization": "SkipLayerNormalization",
-    "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
-}
+_FUSED = {"SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization"}
 
 
 class FuseSkipNorm(ir.passes.InPlacePass):

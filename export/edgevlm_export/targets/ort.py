@@ -23,7 +23,7 @@ ORT = Target(
         MICROSOFT: op_names(
             "BiasGelu DynamicQuantizeMatMul FastGelu FusedMatMul Gelu GroupQueryAttention",
             "MatMulIntegerToFloat MatMulNBits MultiHeadAttention QuickGelu RotaryEmbedding",
-            "SkipLayerNormalization SkipSimplifiedLayerNormalization",
+            "SkipSimplifiedLayerNormalization",
         ),
     },
     dtypes=dtype_set("FLOAT INT8 INT32 INT64 UINT8"),
@@ -34,5 +34,5 @@ ORT = Target(
         FuseSkipNorm(),
         FuseBias(),
     ),
-    engine=host_engine("MatMulAddFusion", "NchwcTransformer"),
+    engine=host_engine("MatMulAddFusion", "NchwcTransformer", "SkipLayerNormFusion"),
 )

@@ -24,10 +24,6 @@ FEEDS = {"x": seeded(1, 3, 16).numpy(), "r": seeded(1, 3, 16, seed=1).numpy()}
 FUSED = {
     "Gelu": ("c = com.microsoft.Gelu(b)", "BiasGelu(a, bias)"),
     "FastGelu": ("c = com.microsoft.FastGelu(b)", "FastGelu(a, bias)"),
-    "SkipLayerNormalization": (
-        "c = com.microsoft.SkipLayerNormalization <epsilon = 0.00001> (r, b, w, v)",
-        "SkipLayerNormalization(r, a, w, v, bias)",
-    ),
 }
 
 
