@@ -59,6 +59,19 @@ class Timings:
             value=float(np.median(ours) / np.median(theirs)), low=float(low), high=float(high)
         )
 
+    def paired(self, name: str, against: str, *, resamples: int = 2000) -> Ratio:
+        """The median over blocks of what a block's median is to the other's in the same block.
+
+        Both were timed within seconds of each other, so a machine that drifts from block to block
+        moves this less than a ratio of medians over all blocks.
+        """
+        ours, theirs = (np.median(self.ms[each], axis=1) for each in (name, against))
+        ratios = ours / theirs
+        random = np.random.default_rng(0)
+        picks = random.integers(0, len(ratios), (resamples, len(ratios)))
+        low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+        return Ratio(value=float(np.median(ratios)), low=float(low), high=float(high))
+
 
 def measure(
     candidates: Mapping[str, Callable[[], object]], *, blocks: int = 12, repeats: int = 5

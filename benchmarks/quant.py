@@ -85,7 +85,7 @@ def vision(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "vision_float32_ms": timings.median("float32"),
         "vision_int8_ms": timings.median("int8"),
-        "vision_speedup": timings.ratio("float32", "int8"),
+        "vision_speedup": timings.paired("float32", "int8"),
         "vision_cosine": float(want @ got / np.linalg.norm(want) / np.linalg.norm(got)),
         "vision_sqnr_db": 10 * np.log10(float((want**2).sum()) / noise),
         "float32_products_per_ms": max(rate, flops_per_ms()),
@@ -106,7 +106,7 @@ def prompts(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         **{f"prompt_{name}_ms": timings.median(name) for name in candidates},
         **{
-            f"prompt_speedup_over_{name}": timings.ratio(name, "int8")
+            f"prompt_speedup_over_{name}": timings.paired(name, "int8")
             for name in candidates
             if name != "int8"
         },
@@ -153,7 +153,7 @@ def steps(arguments: argparse.Namespace) -> dict[str, Any]:
         "step_share_of_limit": limit / timings.median("ours"),
         **{f"step_{name}_ms": timings.median(name) for name in candidates},
         **{
-            f"step_over_{name}": timings.ratio("ours", name)
+            f"step_over_{name}": timings.paired("ours", name)
             for name in candidates
             if name != "ours"
         },

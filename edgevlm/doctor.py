@@ -32,6 +32,7 @@ FEATURES = {
     "x86_64": "avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_int8 amx_bf16",
     "aarch64": "asimd asimdhp asimddp i8mm bf16 sve",
 }
+VNNI = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +91,13 @@ class Examination:
 def examine() -> Examination:
     """Look at this machine and try what can be tried."""
     tested = _tested()
-    packages = _packages(tested)
+    packages, machine = _packages(tested), _machine()
     trials = tuple(_try(name, probe) for name, probe in PROBES.items())
     return Examination(
-        machine=_machine(),
+        machine=machine,
         packages=packages,
         trials=trials,
-        advice=_advice(packages, trials, tested["torch"]),
+        advice=(*_advice(packages, trials, tested["torch"]), *_device_advice(machine)),
     )
 
 
@@ -282,6 +283,16 @@ def _run(model: ModelProto, feeds: Mapping[str, Any], expected: Any, what: str) 
     if not error < 1e-5:
         raise ArithmeticError(f"{what} is wrong by {error:.2g}")
     return f"{what}, right to {error:.0e}"
+
+
+def _device_advice(machine: Machine) -> tuple[str, ...]:
+    """Which device file fits this processor better than host-cpu, which knows the least of it."""
+    if not set(machine.features) & VNNI:
+        return ()
+    return (
+        "this processor multiplies 8-bit weights exactly: `device: x86-vnni` in a recipe keeps all "
+        "their bits where host-cpu keeps 7",
+    )
 
 
 PROBES: Mapping[str, Callable[[], str]] = {

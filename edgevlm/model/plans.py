@@ -13,6 +13,7 @@ import numpy as np
 
 from edgevlm.errors import ModelError
 from edgevlm.model.spec import AttentionSpec, VlmSpec
+from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
 from edgevlm_runtime.manifest import StateGroup, StateTensor, TensorSpec
 
@@ -21,8 +22,8 @@ GROUP = "main"
 MAX_VERIFY_ROWS = 8
 # What caches can be quantized to: GroupQueryAttention has no float8 on a CPU, and standard ops pack
 # no two int4 in a byte.
-INPLACE_CACHES = ("int8", "int4")
-DELTA_CACHES = ("int8", "float8_e4m3fn", "float8_e5m2")
+INPLACE_CACHES = FORMS["ort"].caches
+DELTA_CACHES = FORMS["static"].caches
 
 
 def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = None) -> GraphPlan:

@@ -88,19 +88,23 @@ def assign(wishes: Wishes, spec: VlmSpec, device: Device, targets: Sequence[str]
 def scheme_of(wish: SchemeOptions, device: Device, targets: Sequence[str]) -> Scheme:
     """The scheme that a wish means on a device and its targets."""
     weight, activation = SCHEMES[wish.instead or wish.scheme]
-    has_static = any(FORMS[target].rows for target in targets)
-    group_size = 0
-    if not wish.per_channel:
-        group_size = wish.group_size or (GROUP_SIZE if weight == "int4" else 0)
+    forms = [FORMS[target] for target in targets]
+    has_static = any(form.rows for form in forms)
+    is_symmetric = any(form.symmetric for form in forms)
+    group_size = wish.group_size or 0
+    if weight == "int4" and not wish.per_channel and not group_size:
+        group_size = _usual_group(device, targets)
     activations: ActivationQuant | None
     if DTYPE_BITS[activation] == STATIC_BITS:
         # Floats are finer than 16 bits, and what a CPU has.
-        activations = ActivationQuant(dtype=activation, scales="static") if has_static else None
+        activations = None
+        if any(form.wide == activation for form in forms):
+            activations = ActivationQuant(dtype=activation, scales="static", symmetric=is_symmetric)
     else:
         found = "block" if group_size else "token"
         usual = "static" if has_static or activation != "int8" else found
         scales: str = wish.activations or usual
-        activations = ActivationQuant(dtype=activation, scales=scales)
+        activations = ActivationQuant(dtype=activation, scales=scales, symmetric=is_symmetric)
     bits = DTYPE_BITS[weight]
     limit = device.numeric.int8_weight_bits
     multiplies = activations is not None and activations.dtype == "int8"
@@ -108,6 +112,21 @@ def scheme_of(wish: SchemeOptions, device: Device, targets: Sequence[str]) -> Sc
         bits = min(bits, limit.value)
     weights = WeightQuant(dtype=weight, bits=bits, group_size=group_size, symmetric=wish.symmetric)
     return Scheme(name=wish.instead or wish.scheme, weights=weights, activations=activations)
+
+
+def _usual_group(device: Device, targets: Sequence[str]) -> int:
+    """The group of 4-bit weights where none is asked for: GROUP_SIZE, or the next that there is."""
+    sizes = [
+        {
+            size
+            for fact in device.dtypes_of(target)
+            if fact.weight == "int4"
+            for size in fact.group_sizes
+        }
+        for target in targets
+    ]
+    shared = sorted(set.intersection(*sizes)) if sizes else []
+    return next((size for size in shared if size >= GROUP_SIZE), GROUP_SIZE)
 
 
 def _wish(wishes: Wishes, site: str, linear: LinearSite) -> tuple[SchemeOptions | None, str]:
@@ -294,6 +313,13 @@ def _seen_by_neighbours(asked: str, scheme: Scheme, part: str) -> Decision | Non
 
 def _refusal(asked: str, scheme: Scheme, device: Device, target: str) -> Decision | None:
     """The refusal of a scheme on a target, or None where the device computes it."""
+    if FORMS[target].symmetric and not scheme.weights.symmetric:
+        return Decision(
+            asked=f"{asked} with symmetric: false on {target!r}",
+            outcome="refused",
+            reason="its scales have no zero points",
+            effect="remove symmetric: false",
+        )
     facts = [
         fact
         for fact in device.dtypes_of(target)

@@ -48,14 +48,13 @@ def cache_decisions(
     kv: KvOptions | None, spec: VlmSpec, targets: Sequence[str], *, has_prefill: bool
 ) -> list[Decision]:
     """What becomes of a quantized cache; `has_prefill` says that prompts have a graph of theirs."""
-    from edgevlm.model.plans import DELTA_CACHES, INPLACE_CACHES
     from edgevlm_export.forms import FORMS
 
     if kv is None:
         return []
     asked = f"kv {kv.dtype} per {kv.granularity}"
     for target in targets:
-        known = INPLACE_CACHES if FORMS[target].state == "inplace" else DELTA_CACHES
+        known = FORMS[target].caches
         if kv.dtype not in known:
             return [
                 Decision(

@@ -113,13 +113,14 @@ def _constants(
     if options.activation_ranges == "percentile":
         low, high = seen.percentile()
     elif options.activation_ranges == "mse":
-        low, high = seen.mse(bits=DTYPE_BITS[activations.dtype], symmetric=False)
+        low, high = seen.mse(bits=DTYPE_BITS[activations.dtype], symmetric=activations.symmetric)
     else:
         low, high = seen.minmax()
     if activations.dtype.startswith("float8"):
         largest = max(abs(low), abs(high), torch.finfo(torch.float32).tiny)
         return largest / torch.finfo(getattr(torch, activations.dtype)).max, 0
-    return affine_of(low, high, bits=DTYPE_BITS[activations.dtype], symmetric=False)
+    bits = DTYPE_BITS[activations.dtype]
+    return affine_of(low, high, bits=bits, symmetric=activations.symmetric)
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

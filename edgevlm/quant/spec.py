@@ -55,11 +55,12 @@ class ActivationQuant:
     """What is multiplied: a dtype, and what shares a scale (`token`, `tensor`, `block`, `static`).
 
     `static` scales come from calibration, the others are found in every call. A `block` is a group
-    of the weights.
+    of the weights. Constants have a zero point where they are not `symmetric`.
     """
 
     dtype: str
     scales: str
+    symmetric: bool = False
 
     @property
     def is_static(self) -> bool:

@@ -52,11 +52,14 @@ def samples_of(
 
 
 def context(
-    cases: Sequence[CalibrationCase] = (), *, targets: tuple[str, ...] = ("ort",), **more: Any
+    cases: Sequence[CalibrationCase] = (),
+    *,
+    targets: tuple[str, ...] = ("ort",),
+    device: str = "host-cpu",
+    **more: Any,
 ) -> Context:
     """What a pass may look at, with these calibration samples."""
-    device = load_device("host-cpu")
-    return Context(device=device, targets=targets, calibration=lambda: cases, **more)
+    return Context(device=load_device(device), targets=targets, calibration=lambda: cases, **more)
 
 
 def quantized(

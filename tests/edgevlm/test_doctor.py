@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import platform
 import sys
 
 import jsonschema
@@ -57,6 +58,22 @@ def test_what_is_missing_is_named_with_its_remedy(
         "onnx to compile: pip install torch==2.13.0 && pip install -c constraints.txt "
         '"edgevlm[compile]"'
     ) in examination.advice
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_told"),
+    [("fma avx2", False), ("avx2 avx_vnni", True), ("avx2 avx512_vnni", True)],
+)
+def test_a_processor_with_vnni_is_told_of_its_device(
+    monkeypatch: pytest.MonkeyPatch, flags: str, is_told: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(doctor, "_proc", lambda name: {"flags": flags})
+    told = (
+        "this processor multiplies 8-bit weights exactly: `device: x86-vnni` in a recipe keeps all "
+        "their bits where host-cpu keeps 7"
+    )
+    assert (told in examine().advice) == is_told
 
 
 def test_two_builds_of_onnxruntime_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,12 +26,13 @@ from tests.export.running import lowered, seeded
 
 ROWS, COLUMNS = 24, 80  # the last group is short for most sizes
 CONSTANTS = ("weight", "scale", "zero", "bias", "x_scale", "x_zero")
-HOST = load_device("host-cpu")
 TARGETS: dict[str, tuple[str, ...]] = {
     "ort": ("ort",),
     "static": ("static",),
     "both": ("ort", "static"),
+    "tensorrt": ("tensorrt",),
 }
+DEVICES = dict.fromkeys(TARGETS, "host-cpu") | {"tensorrt": "jetson-thor"}
 SCHEMES = ("w4a16", "w4a8", "w8a16", "w8a8", "w16a16", "fp8")
 
 
@@ -50,9 +51,10 @@ def wishes(scheme: str) -> Iterator[SchemeOptions]:
         )
 
 
-def module_of(wish: SchemeOptions, targets: tuple[str, ...], x: torch.Tensor) -> QuantLinear | None:
+def module_of(wish: SchemeOptions, names: str, x: torch.Tensor) -> QuantLinear | None:
     """A map of that scheme, calibrated on the rows; None where the plan refuses it."""
-    found = assign(Wishes(components={"vision": wish}), tiny_spec(), HOST, targets)
+    device = load_device(DEVICES[names])
+    found = assign(Wishes(components={"vision": wish}), tiny_spec(), device, TARGETS[names])
     if any(decision.outcome == "refused" for decision in found.decisions):
         return None
     scheme = next(iter(found.schemes.values()))
@@ -68,7 +70,7 @@ def test_what_a_plan_accepts_is_computed(scheme: str, names: str) -> None:
     x = seeded(1, 6, COLUMNS)
     accepted = refused = 0
     for wish in wishes(scheme):
-        module = module_of(wish, TARGETS[names], x)
+        module = module_of(wish, names, x)
         if module is None:
             refused += 1
             continue
@@ -98,4 +100,5 @@ def test_what_a_plan_accepts_is_computed(scheme: str, names: str) -> None:
     assert accepted + refused == len(list(wishes(scheme)))
     assert refused > 0
     nowhere = {("w16a16", "ort"), ("w16a16", "both"), ("fp8", "ort"), ("fp8", "both")}
+    nowhere |= {(name, "tensorrt") for name in ("w4a8", "w8a16", "w16a16")}
     assert (accepted > 0) == ((scheme, names) not in nowhere)

@@ -103,6 +103,17 @@ CASES: dict[str, tuple[str, float, tuple[str, ...]]] = {
         35.0,  # a step of its larger numbers is an eighth of them
         ("vision: fp8", "projector: fp8", "decoder: fp8", "head: fp8"),
     ),
+    "tensorrt": (
+        "tensorrt",
+        35.0,
+        (
+            "vision: fp8",
+            "projector: w8a8",
+            "decoder: w4a16",
+            "head: w8a8",
+            "sites: [{match: decoder.*.attention.*, scheme: fp8}]",
+        ),
+    ),
 }
 
 
@@ -112,6 +123,11 @@ def one_layer(*, tied: bool = True) -> VlmSpec:
     decoder = dataclasses.replace(spec.decoder, layers=spec.decoder.layers[:1])
     vision = dataclasses.replace(spec.vision, layers=spec.vision.layers[:1])
     return dataclasses.replace(spec, vision=vision, decoder=decoder)
+
+
+def device_of(target: str) -> str:
+    """A device that has the target."""
+    return "jetson-thor" if target == "tensorrt" else "host-cpu"
 
 
 class Case:
@@ -133,7 +149,7 @@ class Case:
         spec = spec or one_layer()
         lines = "".join(f"      {line}\n" for line in options)
         recipe = parse_recipe(
-            f"model: a/b\ndevice: host-cpu\ntargets: [{target}]\n"
+            f"model: a/b\ndevice: {device_of(target)}\ntargets: [{target}]\n"
             f"context: {{capacity: {CAPACITY}}}\npasses:\n  - quantize:\n{lines}"
         )
         self.folder, self.target = folder, target
@@ -143,7 +159,7 @@ class Case:
         kept = tuple(graph for graph in variant.graphs if graph.name in graphs)
         self.variant = dataclasses.replace(variant, graphs=kept)
         self.plan = dataclasses.replace(plan, variants=(self.variant,))
-        here = context(samples_of(spec, 4), targets=(target,))
+        here = context(samples_of(spec, 4), targets=(target,), device=device_of(target))
         run_pass(recipe.passes[0], self.model, here)
         assert self.model.spec == self.plan.spec
         folder.mkdir()
@@ -233,6 +249,30 @@ def test_whole_graphs_are_the_module(case: Case) -> None:
         assert noises[output] > case.floor
         if case.floor == CASES["ort, activations in float"][1]:
             np.testing.assert_allclose(got[output], want[output], atol=SAME_FLOATS, rtol=0)
+
+
+def test_tensorrt_has_no_zero_points_and_no_other_types(tmp_path: Path) -> None:
+    """What a strongly typed network is built from: types of the file, and scales alone."""
+    target, _, options = CASES["tensorrt"]
+    made = Case(tmp_path / "graphs", target, *options)
+    quantized = {ir.DataType.INT4: 0, ir.DataType.INT8: 0, ir.DataType.FLOAT8E4M3FN: 0}
+    for _, path in made.graphs():
+        for node in ir.load(path).graph:
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                continue
+            x, scale, *zeros = node.inputs
+            kind = node.outputs[0] if node.op_type == "QuantizeLinear" else x
+            assert kind is not None
+            assert scale is not None
+            assert scale.dtype == ir.DataType.FLOAT
+            quantized[kind.dtype] += 1
+            if kind.dtype == ir.DataType.INT4:
+                assert node.attributes["block_size"].value == 64
+            for zero in zeros:
+                assert zero is not None
+                assert zero.const_value is not None
+                assert not zero.const_value.numpy().astype(np.float32).any()
+    assert all(quantized.values()), quantized
 
 
 def bundle_of(case: Case) -> Bundle:

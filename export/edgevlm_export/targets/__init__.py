@@ -5,7 +5,8 @@ from __future__ import annotations
 from edgevlm_export.targets.ort import ORT
 from edgevlm_export.targets.static import STATIC
 from edgevlm_export.targets.target import Target
+from edgevlm_export.targets.tensorrt import TENSORRT
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ORT, STATIC)}
+TARGETS: dict[str, Target] = {target.name: target for target in (ORT, STATIC, TENSORRT)}
 
 __all__ = ["TARGETS", "Target"]

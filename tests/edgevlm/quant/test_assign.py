@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edgevlm.decisions import Decision
-from edgevlm.device import parse_device
+from edgevlm.device import load_device, parse_device
 from edgevlm.errors import PassError
 from edgevlm.model.spec import VlmSpec
 from edgevlm.quant.assign import scheme_of
@@ -110,6 +110,26 @@ def test_a_wish_is_settled_by_device_and_targets(
     dtype, bits, group_size = weights
     assert scheme_of(wish(**asked), HOST, targets) == Scheme(
         name=asked.get("instead", asked["scheme"]),
+        weights=WeightQuant(dtype=dtype, bits=bits, group_size=group_size),
+        activations=activations,
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "weights", "activations"),
+    [
+        ("w8a8", ("int8", 8, 0), dataclasses.replace(STATIC8, symmetric=True)),
+        ("w4a16", ("int4", 4, 64), None),
+        ("w8a16", ("int8", 8, 0), None),
+    ],
+)
+def test_tensorrt_has_no_zero_points_and_larger_groups(
+    asked: str, weights: tuple[str, int, int], activations: ActivationQuant | None
+) -> None:
+    """Activations asked in 16 bits stay floats there; groups are the smallest that it has."""
+    dtype, bits, group_size = weights
+    assert scheme_of(wish(asked), load_device("jetson-thor"), ("tensorrt",)) == Scheme(
+        name=asked,
         weights=WeightQuant(dtype=dtype, bits=bits, group_size=group_size),
         activations=activations,
     )

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from edgevlm.decisions import Decision
-from edgevlm.device import parse_device
+from edgevlm.device import load_device, parse_device
 from edgevlm.resources import device_files
 from tests.edgevlm.quant.assigning import BOTH, ORT, STATIC, assigned, said, wish
 
 KNOWN_ORT = "it multiplies int4 x float32, int4 x int8, int8 x float32, int8 x int8"
+THOR = "it multiplies float8_e4m3fn x float8_e4m3fn, int4 x float32, int8 x int8"
 GROUPS = "host-cpu has kernels for groups of 16, 32, 64, 128, 256"
 SET_GROUPS = "set group_size or per_channel accordingly"
 
@@ -93,6 +94,29 @@ def test_what_no_kernel_does_is_refused(
     assert found == Decision(
         asked=expected[0], outcome="refused", reason=expected[1], effect=expected[2]
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason", "effect"),
+    [
+        (
+            {"scheme": "w8a8", "symmetric": False},
+            "its scales have no zero points",
+            "remove symmetric: false",
+        ),
+        (
+            {"scheme": "w4a16", "group_size": 32},
+            "jetson-thor has kernels for groups of 64, 128",
+            SET_GROUPS,
+        ),
+        ({"scheme": "w8a16"}, "jetson-thor multiplies no int8 by float32 there", THOR),
+        ({"scheme": "w4a8"}, "jetson-thor multiplies no int4 by int8 there", THOR),
+    ],
+)
+def test_what_tensorrt_has_not_is_refused(asked: dict[str, Any], reason: str, effect: str) -> None:
+    thor = load_device("jetson-thor")
+    (found,) = said(assigned(("tensorrt",), decoder=wish(**asked), device=thor))
+    assert (found.outcome, found.reason, found.effect) == ("refused", reason, effect)
 
 
 def test_the_encoder_may_have_one_scale_for_a_picture() -> None:
