@@ -164,7 +164,7 @@ def test_what_it_reports() -> None:
     assert change.schemes["vision.layers.0.mlp.up"] == {
         "name": "w8a8",
         "weights": {"dtype": "int8", "bits": 7, "group_size": 0, "symmetric": True},
-        "activations": {"dtype": "int8", "scales": "token"},
+        "activations": {"dtype": "int8", "scales": "token", "symmetric": False},
     }
     assert set(change.schemes) == set(model.spec.schemes)
     numbers = {site: model.get_submodule(site).get_parameter("weight") for site in change.schemes}
