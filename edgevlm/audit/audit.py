@@ -55,6 +55,7 @@ def audit_graph(
                 for node in written.graph
                 if node.op_type != "Constant" and node not in pairs.kept
             )
+            rows += _parts(seen.model.graph, pairs, kernels, asked, rows)
             rows += _missing(asked, rows, gone)
             rows += _unmatched(seen.kernels, seen.model.graph)
             weight_bytes = sum(map(_bytes, seen.model.graph.initializers.values()))
@@ -165,6 +166,49 @@ def _row(
     if row.differs and written is not None and written.op_type != node.op_type:
         row = replace(row, cause=f"{cause}; onnxruntime made it of {written.op_type}")
     return row
+
+
+def _parts(
+    loaded: ir.Graph,
+    pairs: _Pairs,
+    kernels: Kernels,
+    asked: Mapping[str, Precision],
+    rows: list[OpAudit],
+) -> list[OpAudit]:
+    """Sites that are a part of another's product: their output is split off from what it gives."""
+    judged = {row.site for row in rows if row.asked is not None}
+    parts = []
+    for node in loaded:
+        whole = node.inputs[0] if node.op_type == "Split" else None
+        maker = None if whole is None else whole.producer()
+        found = None if maker is None or not is_product(maker) else realise(maker, kernels)
+        if maker is None or found is None:
+            continue
+        written = pairs.written.get(maker)
+        filed = None if written is None else weights_of(written)
+        for output in node.outputs:
+            site = str(output.name)
+            precision = asked.get(site)
+            if precision is None or site in judged:
+                continue
+            outcome, cause = judge(precision, found, filed)
+            parts.append(
+                OpAudit(
+                    name=f"{site} of {maker.name}",
+                    site=site,
+                    written="" if written is None else written.op_type,
+                    op=maker.op_type,
+                    kernel=found.kernel,
+                    computes_in=found.computes_in,
+                    hazard=found.hazard,
+                    realised=as_judged(precision, found, filed),
+                    asked=precision,
+                    outcome=outcome,
+                    cause=cause,
+                    microseconds=0.0,
+                )
+            )
+    return parts
 
 
 def _missing(

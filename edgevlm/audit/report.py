@@ -38,7 +38,8 @@ class OpAudit:
     `written` is its op type in the file, empty where ONNX Runtime put it there; `op` is the type
     that ran, empty for a site that was asked for something and is not there. `realised` is empty
     for an op that only moves numbers. `microseconds` is the median of the runs, None where the
-    profile has no kernel of that name; `share` is its part of the time of all ops.
+    profile has no kernel of that name, and 0 for a site whose product is a part of another's, which
+    has the time and the weights; `share` is its part of the time of all ops.
     """
 
     name: str

@@ -6,6 +6,7 @@ from edgevlm_export.forms import FORMS
 from edgevlm_export.ops.op import MICROSOFT
 from edgevlm_export.rewrites.fuse_bias import FuseBias
 from edgevlm_export.rewrites.fuse_skip_norm import FuseSkipNorm
+from edgevlm_export.rewrites.join_products import JoinProducts
 from edgevlm_export.rewrites.lower_ops import LowerOps
 from edgevlm_export.rewrites.split_packed import SplitPacked
 from edgevlm_export.targets.target import Target, dtype_set, host_engine, op_names
@@ -30,6 +31,7 @@ ORT = Target(
     static_shapes=False,
     rewrites=(
         SplitPacked(),
+        JoinProducts(),
         LowerOps(("contrib", "standard")),
         FuseSkipNorm(),
         FuseBias(),

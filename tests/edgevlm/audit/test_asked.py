@@ -170,6 +170,21 @@ def test_a_decoder_over_a_quantized_cache(
     assert found == {f"float32, cache {kv.dtype} {kv.granularity}"}
 
 
+def test_each_part_of_a_joined_product_is_judged(tmp_path: Path) -> None:
+    """Gate and up are one product in a step: what it is, both are; each is asked for its own."""
+    spec = small(scheme("w4a16", group_size=32), "decoder.")
+    up = "decoder.layers.0.mlp.up"
+    made = inplace_step(quantized(spec), 32, ("decode",))
+    eight = dataclasses.replace(spec, schemes={**spec.schemes, up: scheme("w8a16")})
+    audit = audited(made, eight, tmp_path, "ort", "step")
+    rows = {row.site: row for row in audit.rows if row.asked is not None}
+    assert rows["decoder.layers.0.mlp.gate"].outcome == "as asked"
+    assert rows[up].name == f"{up} of decoder.layers.0.mlp.gate/joined"
+    assert [row.site for row in audit.differences] == [up]
+    assert rows[up].outcome == "coarser"
+    assert rows[up].cause == ("weights are int4, asked int8: so the file has them")
+
+
 def test_pairs_for_another_device(tmp_path: Path) -> None:
     spec = small(
         scheme("w8a16", "static"), "decoder.", kv=KvQuant(dtype="int8", granularity="channel")
