@@ -37,6 +37,7 @@ def show_losses(evidence: Mapping[str, Any], out: Console) -> None:
         )
     out.print()
     out.print(losses)
+    out.print("logits: of the decoder alone, which is shown the pictures as the form before saw them")
     before, after = rungs[lossy[0]["parent"]], lossy[-1]
     if after["accuracy"].get("tasks"):
         _show_tasks(before, after, out)
@@ -95,6 +96,7 @@ def show_sites(sites: Mapping[str, Any] | None, out: Console) -> None:
             f"+{mebibytes(trial['extra_bytes'])}",
         )
     out.print(trials)
+    out.print("logits: of the whole model, with its own pictures")
 
 
 def show_audit_lines(audits: Mapping[str, Sequence[GraphAudit]], out: Console) -> None:
