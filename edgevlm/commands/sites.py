@@ -37,7 +37,9 @@ def show_losses(evidence: Mapping[str, Any], out: Console) -> None:
         )
     out.print()
     out.print(losses)
-    out.print("logits: of the decoder alone, which is shown the pictures as the form before saw them")
+    out.print(
+        "logits: of the decoder alone, which is shown the pictures as the form before saw them"
+    )
     before, after = rungs[lossy[0]["parent"]], lossy[-1]
     if after["accuracy"].get("tasks"):
         _show_tasks(before, after, out)

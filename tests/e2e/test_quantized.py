@@ -51,9 +51,11 @@ evidence:
   quantized: {kl: 10.0, argmax_agreement: 0.01}
 """
 STEP = "ort.step.onnx"
-SITE = "decoder.layers.1.mlp.up"
+SITE = "decoder.layers.1.mlp.down"
+JOINED = ("decoder.layers.1.mlp.gate", "decoder.layers.1.mlp.up")
+"""Sites that are one product in a step."""
 
-Plant = Callable[[onnx.ModelProto], None]
+Plant = Callable[[onnx.ModelProto, str], None]
 
 
 @pytest.fixture(scope="module")
@@ -230,24 +232,24 @@ def test_a_second_compile_reuses_every_stage(
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def product_of(model: onnx.ModelProto) -> onnx.NodeProto:
+def product_of(model: onnx.ModelProto, site: str) -> onnx.NodeProto:
     return next(
         node
         for node in model.graph.node
-        if node.name.split("/")[0] == SITE and node.op_type == "MatMulNBits"
+        if node.name.split("/")[0] == site and node.op_type == "MatMulNBits"
     )
 
 
-def plant_level(model: onnx.ModelProto) -> None:
+def plant_level(model: onnx.ModelProto, site: str) -> None:
     """The kernel that rounds activations to int8, in silence."""
-    for attribute in product_of(model).attribute:
+    for attribute in product_of(model, site).attribute:
         if attribute.name == "accuracy_level":
             attribute.i = 4
 
 
-def plant_floats(model: onnx.ModelProto) -> None:
+def plant_floats(model: onnx.ModelProto, site: str) -> None:
     """A product that stayed in float."""
-    node = product_of(model)
+    node = product_of(model, site)
     sizes = {given.name: given.i for given in node.attribute}
     weight = np.full((sizes["K"], sizes["N"]), 0.01, np.float32)
     model.graph.initializer.append(numpy_helper.from_array(weight, "planted"))
@@ -255,6 +257,7 @@ def plant_floats(model: onnx.ModelProto) -> None:
     node.CopyFrom(plain)
 
 
+@pytest.mark.parametrize("sites", [(SITE,), JOINED], ids=["one product", "a joined one"])
 @pytest.mark.parametrize(
     ("plant", "outcome", "cause"),
     [
@@ -267,16 +270,22 @@ def plant_floats(model: onnx.ModelProto) -> None:
     ],
 )
 def test_a_lie_planted_in_the_written_file_is_found(
-    made: Path, planned: VlmSpec, tmp_path: Path, plant: Plant, outcome: str, cause: str
+    made: Path,
+    planned: VlmSpec,
+    tmp_path: Path,
+    sites: tuple[str, ...],
+    plant: Plant,
+    outcome: str,
+    cause: str,
 ) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(made, folder)
-    edit(folder / STEP, plant)
+    edit(folder / STEP, plant, sites[0])
     variant: Variant = Bundle.open(made).manifest.variants["ort"]
     graph = next(graph for graph in variant.graphs if graph.file == STEP)
     audit = audit_of(planned, variant, graph, folder)
     assert [(row.site, row.outcome, row.cause) for row in audit.differences] == [
-        (SITE, outcome, cause)
+        (site, outcome, cause) for site in sites
     ]
     assert audit_of(planned, variant, graph, made).differences == ()
 
@@ -288,7 +297,7 @@ def test_what_is_strict_fails_on_a_graph_altered_in_the_cache(
     copy = StageCache(root=tmp_path / "cache")
     shutil.copytree(cache.root, copy.root)
     (graphs,) = (path.parent for path in copy.root.glob(f"graphs/*/{STEP}") if has_prefill(path))
-    edit(graphs / STEP, plant_level)
+    edit(graphs / STEP, plant_level, SITE)
     out = tmp_path / "bundle"
     with pytest.raises(EvidenceError) as caught:
         compile_recipe(load_recipe(recipe), out, cache=copy)
@@ -305,9 +314,9 @@ def has_prefill(step: Path) -> bool:
     return (step.parent / "ort.prefill.onnx").exists()
 
 
-def edit(path: Path, plant: Plant) -> None:
+def edit(path: Path, plant: Plant, site: str) -> None:
     """Alter a graph whose weights lie in other files."""
     model = onnx.load(path, load_external_data=False)
-    plant(model)
+    plant(model, site)
     path.write_bytes(model.SerializeToString())
     assert file_entries(path.parent)

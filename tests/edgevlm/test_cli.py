@@ -205,12 +205,16 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 
 def test_devices_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     schema = json.loads(schema_file("devices").read_text())
-    for arguments in (["devices", "--json"], ["devices", "host-cpu", "--json"]):
+    everything = ["host-cpu", "jetson-thor", "x86-vnni"]
+    for arguments, names in (
+        (["devices", "--json"], everything),
+        (["devices", "host-cpu", "--json"], ["host-cpu"]),
+    ):
         code, out, err = printed(capsys, *arguments)
         assert (code, err) == (0, "")
         document = json.loads(out)
         jsonschema.validate(document, schema)
-        assert [device["name"] for device in document["devices"]] == ["host-cpu"]
+        assert [device["name"] for device in document["devices"]] == names
 
 
 def test_devices_shows_facts_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
