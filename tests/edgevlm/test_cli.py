@@ -220,7 +220,7 @@ def test_devices_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_devices_shows_facts_and_sources(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = printed(capsys, "devices", "host-cpu")
     assert "memory.bandwidth_effective  37 GB/s (reading)" in out
-    assert "memory-sum  numpy sum over an array larger than the caches" in out
+    assert "memory-sum  torch sum over 1 GiB, 2 threads, on that machine" in out
 
 
 def test_progress_in_a_log_has_the_time_left(tmp_path: Path) -> None:

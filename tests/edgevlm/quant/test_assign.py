@@ -290,7 +290,7 @@ def test_weights_for_prompts_say_what_they_cost_and_gain() -> None:
 
 
 def test_what_is_predicted_follows_from_the_peaks() -> None:
-    """2 M K N operations at 639 and at 342 GOP/s."""
+    """2 M K N operations at 340 and at 164 GOP/s."""
     spec = tiny_spec()
     layer = spec.decoder.layers[0]
     large = dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, width=200_000))
@@ -298,6 +298,6 @@ def test_what_is_predicted_follows_from_the_peaks() -> None:
     wide = dataclasses.replace(spec, decoder=decoder)
     numbers = 128 * 64 + 64 * 64 + 3 * 200_000 * 64
     found = said(assigned(spec=wide, decoder=wish("w4a16"), prefill=wish("w8a8")))[1]
-    ours, theirs = (2e3 * 256 * numbers / (speed * 1e9) for speed in (639, 342))
+    ours, theirs = (2e3 * 256 * numbers / (speed * 1e9) for speed in (340, 164))
     assert found.effect.endswith(f"256 rows take {ours:.0f} ms of products instead of {theirs:.0f}")
-    assert (round(ours), round(theirs)) == (31, 58)
+    assert (round(ours), round(theirs)) == (58, 120)
