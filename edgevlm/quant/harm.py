@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgevlm.evidence.eager import positions
 from edgevlm.evidence.measures import logits_agreement, sqnr_db
@@ -128,22 +128,30 @@ def site_noises(
     """The noise that every quantized site has at its output, in the order of computation."""
     split_alike(float_model, quantized)
     schemes = quantized.spec.schemes
-    own: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    whole: dict[str, list[Tensor]] = {}
+    # Squares of the signal, of a site's own noise, and of all noise there.
+    sums: dict[str, NDArray[np.float64]] = {}
+    # Outputs of the float model wait for the other's: thousands of rows of every site, once.
+    waiting: dict[str, list[Tensor]] = {}
 
     def own_hook(site: str) -> Any:
         module = quantized.get_submodule(site)
-        return lambda _m, inputs, output: own.setdefault(site, []).append(
-            (output, module(inputs[0]))
-        )
+
+        def note(_module: nn.Module, inputs: tuple[Tensor, ...], want: Tensor) -> None:
+            found = sums.setdefault(site, np.zeros(3))
+            found[0] += float(want.square().sum())
+            found[1] += float((want - module(inputs[0])).square().sum())
+            waiting.setdefault(site, []).append(want)
+
+        return note
 
     def whole_hook(site: str) -> Any:
-        return lambda _m, _inputs, output: whole.setdefault(site, []).append(output)
+        def note(_module: nn.Module, _inputs: tuple[Tensor, ...], got: Tensor) -> None:
+            want = waiting[site].pop(0)
+            sums[site][2] += float((want - got).square().sum())
 
-    noises: dict[str, list[tuple[float, float, float, float]]] = {}
+        return note
+
     for case in cases:
-        own.clear()
-        whole.clear()
         for model, hook in ((float_model, own_hook), (quantized, whole_hook)):
             handles = [
                 model.get_submodule(site).register_forward_hook(hook(site)) for site in schemes
@@ -153,25 +161,11 @@ def site_noises(
             finally:
                 for handle in handles:
                     handle.remove()
-        for site in schemes:
-            pairs = zip(own.get(site, []), whole.get(site, []), strict=True)
-            for (want, alone), got in pairs:
-                noises.setdefault(site, []).append(
-                    (
-                        float(want.square().sum()),
-                        float((want - alone).square().sum()),
-                        float((want - got).square().sum()),
-                        float(want.numel()),
-                    )
-                )
-    return [
-        _noise(site, str(schemes[site]), np.array(parts).sum(axis=0))
-        for site, parts in noises.items()
-    ]
+    return [_noise(site, str(schemes[site]), sums[site]) for site in schemes if site in sums]
 
 
 def _noise(site: str, scheme: str, sums: NDArray[np.float64]) -> SiteNoise:
-    signal, alone, all_noise, _count = sums.tolist()
+    signal, alone, all_noise = sums.tolist()
     return SiteNoise(
         site=site,
         scheme=scheme,
