@@ -105,12 +105,12 @@ class Bench:
 
         self.calibration = cases("calibration", CALIBRATION, 1)
         self.asked = cases("evaluation", samples, 0)
-        self.visual = project_features(self.model, encode_features(self.model, self.asked))
+        self.features = encode_features(self.model, self.asked)
         self.reference = [log_softmax(rows) for rows in self.logits(self.model)]
 
     def logits(self, model: Vlm) -> list[NDArray[np.float32]]:
-        """Logits along the right answers, of the float model's pictures."""
-        return logits_along(model, self.asked, self.visual)
+        """Logits along the right answers, of the float encoder's pictures in the model's rows."""
+        return logits_along(model, self.asked, project_features(model, self.features))
 
     def losses(self, before: Sequence[Pass], rounding: Mapping[str, Any]) -> Losses:
         """What a copy of the model loses that is prepared and rounded so."""
