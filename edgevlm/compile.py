@@ -299,7 +299,7 @@ class Job:
         bounds = limits(
             self.recipe.evidence,
             quantized=self.plan.spec.is_quantized,
-            drawn=self.checkpoint.seed is not None,
+            drawn=self.asked.is_drawn,
         )
         exam = self.asked.exam()
         return Climb(exam=exam, bounds=bounds, cache=self.cache, progress=self.progress)

@@ -106,7 +106,7 @@ def parting(bounds: Mapping[str, Bound], lost: Mapping[str, float]) -> dict[str,
 
 
 def judge(measured: Mapping[str, float], bounds: Mapping[str, Bound]) -> tuple[Gate, ...]:
-    """Hold figures such as `decoder.max_error` against their bounds, or those of `max_error`."""
+    """Hold figures such as `decoder.max_error` against their bounds, else that of `max_error`."""
     gates = []
     for name, value in measured.items():
         bound = bounds.get(name, bounds.get(name.split(".")[-1]))

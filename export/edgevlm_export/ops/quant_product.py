@@ -30,9 +30,9 @@ def lower_contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     x_dtype, x_scales = attribute(node, "x_dtype"), attribute(node, "x_scales")
     weight = node.inputs[1]
     assert weight is not None
-    is_integer = weight.dtype == ir.DataType.INT8
-    if is_integer and (x_dtype in ("", "int16") or (x_dtype == "int8" and x_scales == "block")):
+    if is_nbits(node):
         return [_nbits(emit, node, level=4 if x_dtype == "int8" else 0)]
+    is_integer = weight.dtype == ir.DataType.INT8
     if is_integer and x_dtype == "int8" and not attribute(node, "group_size"):
         return [_integer(emit, node, x_scales)]
     assert weight.dtype is not None
@@ -46,6 +46,14 @@ def lower_contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
         op=node.op_type,
         hint="choose another scheme, or a target of standard ops",
     )
+
+
+def is_nbits(node: ir.Node) -> bool:
+    """Whether a quantized projection becomes `MatMulNBits`: floats, or floats rounded in blocks."""
+    weight, x_dtype = node.inputs[1], attribute(node, "x_dtype")
+    rounds_blocks = x_dtype == "int8" and attribute(node, "x_scales") == "block"
+    is_integer = weight is not None and weight.dtype == ir.DataType.INT8
+    return is_integer and (x_dtype in ("", "int16") or rounds_blocks)
 
 
 def _nbits(emit: Emitter, node: ir.Node, level: int) -> ir.Value:

@@ -17,10 +17,15 @@ import numpy as np
 import onnx_ir as ir
 
 from edgevlm_export.emit import Emitter
-from edgevlm_export.ops.op import DOMAIN, attribute, dims, static_dims, tensors
+from edgevlm_export.ops.op import DOMAIN, dims, static_dims, tensors
+from edgevlm_export.ops.packing import lazy
+from edgevlm_export.ops.quant_product import is_nbits
 
 WEIGHT, NUM_INPUTS = 1, 5
-"""Inputs from the weight on, up to the bias, have a row (or a number) for each output."""
+"""Inputs from the weight on, up to the bias, have a row (or a number) for each output.
+
+The constants of activations behind them are for other forms: here none are rounded by constants.
+"""
 
 
 class JoinProducts(ir.passes.InPlacePass):
@@ -41,21 +46,10 @@ def _groups(graph: ir.Graph) -> Iterator[list[ir.Node]]:
     """Products of one input and one kind, where there are several."""
     groups: dict[tuple[object, ...], list[ir.Node]] = {}
     for node in graph:
-        if (node.domain, node.op_type) == (DOMAIN, "quant_linear") and _reads_blocks(node):
+        is_quantized = (node.domain, node.op_type) == (DOMAIN, "quant_linear")
+        if is_quantized and is_nbits(node) and not node.outputs[0].is_graph_output():
             groups.setdefault(_kind(node), []).append(node)
     return (nodes for nodes in groups.values() if len(nodes) > 1)
-
-
-def _reads_blocks(node: ir.Node) -> bool:
-    """Whether it becomes `MatMulNBits`, and its output is no output of the graph."""
-    weight = node.inputs[WEIGHT]
-    is_wide = attribute(node, "x_dtype") in ("", "int16")
-    return (
-        weight is not None
-        and weight.dtype == ir.DataType.INT8
-        and (is_wide or attribute(node, "x_scales") == "block")
-        and not node.outputs[0].is_graph_output()
-    )
 
 
 def _kind(node: ir.Node) -> tuple[object, ...]:
@@ -74,7 +68,7 @@ def _join(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     emit = Emitter(graph, first)
     inputs = [
         _stacked(emit, nodes, index) if value is not None and index >= WEIGHT else value
-        for index, value in enumerate(first.inputs)
+        for index, value in enumerate(first.inputs[:NUM_INPUTS])
     ]
     options = {key: item.value for key, item in first.attributes.items()}
     joined = ir.node(first.op_type, inputs, options, domain=DOMAIN, name=name)
@@ -95,21 +89,7 @@ def _join(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
 
 def _stacked(emit: Emitter, nodes: Sequence[ir.Node], index: int) -> ir.Value:
     """One initializer of the rows of several, made when it is written."""
-    parts = []
-    for node in nodes:
-        value = node.inputs[index]
-        assert value is not None
-        assert value.const_value is not None, f"{value.name} is not a constant"
-        parts.append(value.const_value)
-    first = nodes[0].inputs[index]
-    assert first is not None
-    name = f"{first.name}/joined"
-    shape = [sum(part.shape.numpy()[0] for part in parts), *parts[0].shape.numpy()[1:]]
-
-    def tensor() -> ir.TensorProtocol:
-        return ir.tensor(np.concatenate([part.numpy() for part in parts]), name=name)
-
-    return emit.initializer(
-        name,
-        lambda: ir.LazyTensor(tensor, dtype=parts[0].dtype, shape=ir.Shape(shape), name=name),
-    )
+    parts = [value for node in nodes if (value := node.inputs[index]) is not None]
+    sizes = [static_dims(part) for part in parts]
+    shape = [sum(size[0] for size in sizes), *sizes[0][1:]]
+    return lazy(emit, f"{parts[0].name}/joined", parts, np.concatenate, parts[0].dtype, shape)

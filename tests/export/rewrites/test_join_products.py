@@ -16,6 +16,7 @@ from tests.export.running import model_of, nodes, run, seeded
 COLUMNS, SIZES = 64, {"a.gate": 24, "a.up": 40}
 KIND = ir.TensorType(ir.DataType.FLOAT)
 WEIGHTS_ALONE = {"bits": 4, "group_size": 32, "x_dtype": "", "x_scales": ""}
+SIXTEEN = WEIGHTS_ALONE | {"x_dtype": "int16", "x_scales": "static"}
 BLOCKS = WEIGHTS_ALONE | {"x_dtype": "int8", "x_scales": "block"}
 TOKENS = {"bits": 8, "group_size": 0, "x_dtype": "int8", "x_scales": "token"}
 
@@ -47,6 +48,10 @@ def graph(
             constant(f"{site}.zero", values[:, :groups]) if zero else None,
             constant(f"{site}.bias", values[:, 0].astype(np.float32)) if bias else None,
         ]
+        if each["x_scales"] == "static":
+            # Constants that the form of standard ops reads: float activations do without.
+            inputs.append(constant(f"{site}.x_scale", np.array(0.1, np.float32)))
+            inputs.append(constant(f"{site}.x_zero", np.array(3, np.int32)))
         constants += [value for value in inputs if value is not None]
         node = ir.node("quant_linear", [x, *inputs], each, domain=DOMAIN, name=site)
         out = node.outputs[0]
@@ -81,7 +86,11 @@ def lowered(model: ir.Model) -> ir.Model:
     return made
 
 
-@pytest.mark.parametrize("options", [WEIGHTS_ALONE, BLOCKS], ids=["weights alone", "blocks"])
+@pytest.mark.parametrize(
+    "options",
+    [WEIGHTS_ALONE, BLOCKS, SIXTEEN],
+    ids=["weights alone", "blocks", "16 bits, for another target too"],
+)
 @pytest.mark.parametrize(("zero", "bias"), [(False, False), (True, True)])
 def test_two_maps_become_one_bit_for_bit(options: dict[str, Any], zero: bool, bias: bool) -> None:
     model = graph(options, options, zero=zero, bias=bias)
