@@ -104,13 +104,22 @@ def _along(
     model: Vlm, question: Question, visual: Sequence[NDArray[np.float32]], answer: tuple[int, ...]
 ) -> NDArray[np.float32]:
     """Logits [len(answer), V] of the rows that choose an answer."""
-    rows = _embedded(model, question, visual)
-    fed = torch.tensor(answer[:-1], dtype=torch.long)
-    whole = torch.cat([rows, model.embedding(fed)[None]], dim=1)
-    logits_RV: NDArray[np.float32] = model.answer(
-        whole, positions(question, len(fed)), rows.shape[1]
-    ).numpy()
+    rows, places = inputs_along(model, question, _tensor(visual), answer)
+    num_prompt = len(question.prompt.token_ids)
+    logits_RV: NDArray[np.float32] = model.answer(rows, places, num_prompt).numpy()
     return logits_RV
+
+
+def inputs_along(
+    model: Vlm, question: Question, visual: Tensor | None, answer: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Rows [1, T, W] of a prompt with these visual tokens and an answer, and their positions.
+
+    The last token of an answer is chosen, and never fed.
+    """
+    rows = model.embed(torch.from_numpy(question.prompt.token_ids), visual)
+    fed = torch.tensor(answer[:-1], dtype=torch.long)
+    return torch.cat([rows, model.embedding(fed)[None]], dim=1), positions(question, len(fed))
 
 
 def _greedy(
@@ -123,8 +132,8 @@ def _greedy(
     """A greedy answer, and the logits [len(answer), V] that its tokens were chosen from."""
     answer: list[int] = []
     logits: list[NDArray[np.float32]] = []
-    rows = _embedded(model, question, visual)
-    for token, logits_V in islice(model.greedy(rows, positions(question, 0)), count):
+    rows, places = inputs_along(model, question, _tensor(visual), ())
+    for token, logits_V in islice(model.greedy(rows, places), count):
         answer.append(token)
         logits.append(logits_V.numpy())
         if token in end_tokens:
@@ -132,7 +141,6 @@ def _greedy(
     return tuple(answer), np.stack(logits)
 
 
-def _embedded(model: Vlm, question: Question, visual: Sequence[NDArray[np.float32]]) -> Tensor:
-    """Rows [1, T, W] of the prompt, with these visual tokens."""
-    tokens = torch.from_numpy(np.concatenate(visual)) if visual else None
-    return model.embed(torch.from_numpy(question.prompt.token_ids), tokens)
+def _tensor(visual: Sequence[NDArray[np.float32]]) -> Tensor | None:
+    """The visual tokens of all pictures, None without pictures."""
+    return torch.from_numpy(np.concatenate(visual)) if visual else None

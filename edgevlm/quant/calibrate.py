@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from edgevlm.evidence.eager import pixels_of, positions
+from edgevlm.evidence.eager import inputs_along, pixels_of
 from edgevlm.evidence.witness import Question, ask
 from edgevlm.model.vision import grid_tables
 from edgevlm.model.vlm import Decoder, Vlm
@@ -161,10 +161,7 @@ def decoder_inputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows [1, T, W] and their positions, of each sample's prompt, with its answer or without."""
     for case, rows in zip(cases, visual, strict=True):
-        whole = model.embed(torch.from_numpy(case.question.prompt.token_ids), rows)
-        fed = torch.tensor(case.answer[:-1] if answers else (), dtype=torch.long)
-        whole = torch.cat([whole, model.embedding(fed)[None]], dim=1)
-        yield whole, positions(case.question, len(fed))
+        yield inputs_along(model, case.question, rows, case.answer if answers else ())
 
 
 def _pictures(

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgevlm.evidence.eager import positions
+from edgevlm.evidence.eager import inputs_along
 from edgevlm.evidence.measures import logits_agreement, sqnr_db
 from edgevlm.model.vlm import Vlm
 from edgevlm.progress import Progress
@@ -75,11 +75,9 @@ def logits_along(
         visual = project_features(model, encode_features(model, cases))
     found = []
     for case, rows in zip(cases, visual, strict=True):
-        prompt = model.embed(torch.from_numpy(case.question.prompt.token_ids), rows)
-        fed = torch.tensor(case.answer[:-1], dtype=torch.long)
-        whole = torch.cat([prompt, model.embedding(fed)[None]], dim=1)
-        places = positions(case.question, len(fed))
-        found.append(model.answer(whole, places, prompt.shape[1]).numpy())
+        whole, places = inputs_along(model, case.question, rows, case.answer)
+        num_prompt = len(case.question.prompt.token_ids)
+        found.append(model.answer(whole, places, num_prompt).numpy())
     return found
 
 
