@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from edgevlm.model.vlm import Vlm, place
 from edgevlm.passes.base import Applied, Change, Context, Pass, run_pass
 
 WORTH_KEEPING_S = 10.0
+KEPT = "weights-*.safetensors"
+# A file is put together in memory before it is written.
+FILE_BYTES = 128 * 2**20
 
 
 def chain(model_key: str, steps: Sequence[Pass], context: Context) -> str:
@@ -57,7 +60,7 @@ def _stage(
     step: Pass, model: Vlm, context: Context, cache: StageCache, key: str
 ) -> tuple[Vlm, Change]:
     kept = cache.find("passes", key)
-    if kept is not None and (kept / "weights.safetensors").exists():
+    if kept is not None and any(kept.glob(KEPT)):
         change = _change(kept)
         return _restore(step, model, kept, change, context), change
     before = {name: (weight.data_ptr(), weight._version) for name, weight in _weights(model)}
@@ -69,14 +72,25 @@ def _stage(
         (folder / "change.json").write_text(json.dumps(asdict(change)))
         if took > WORTH_KEEPING_S:
             changed = {
-                name: weight.detach().contiguous()
+                name: weight
                 for name, weight in _weights(model)
                 if before.get(name) != (weight.data_ptr(), weight._version)
             }
-            save_file(changed, folder / "weights.safetensors")
+            _save(changed, folder)
 
     cache.build("passes", key, keep)
     return model, change
+
+
+def _save(weights: Mapping[str, torch.nn.Parameter], folder: Path) -> None:
+    """Write weights in files of some size each, so that no second copy of all is held."""
+    number, size, part = 0, 0, dict[str, torch.Tensor]()
+    for place, (name, weight) in enumerate(weights.items(), 1):
+        part[name] = weight.detach().contiguous()
+        size += weight.nbytes
+        if size >= FILE_BYTES or place == len(weights):
+            save_file(part, folder / KEPT.replace("*", f"{number:05d}"))
+            number, size, part = number + 1, 0, {}
 
 
 def _restore(step: Pass, model: Vlm, kept: Path, change: Change, context: Context) -> Vlm:
@@ -90,10 +104,11 @@ def _restore(step: Pass, model: Vlm, kept: Path, change: Change, context: Contex
             if name in old:
                 place(reshaped, name, old[name])
         model = reshaped.eval()
-    with safe_open(kept / "weights.safetensors", framework="pt") as weights:
-        for name in weights.keys():  # noqa: SIM118 - it is no mapping
-            # Copied, so that it is aligned: sums of other kernels differ in their last bits.
-            place(model, name, weights.get_tensor(name).clone())
+    for path in sorted(kept.glob(KEPT)):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                # Copied, so that it is aligned: sums of other kernels differ in their last bits.
+                place(model, name, weights.get_tensor(name).clone())
     model.tie()
     return model
 

@@ -48,11 +48,13 @@ def test_a_kept_stage_gives_the_same_model(
 ) -> None:
     """Bit by bit: its tensors, their names and sharing, its spec, and what it computes."""
     monkeypatch.setattr("edgevlm.passes.stages.WORTH_KEEPING_S", 0.0)
+    monkeypatch.setattr("edgevlm.passes.stages.FILE_BYTES", 5_000)
     spec = tiny_spec(tied=tied)
     steps = [FoldNorms(), Quantize.model_validate(options)]
     here = context(samples_of(spec), targets=targets)
     cache = StageCache(root=tmp_path)
     first, applied = run_stages(steps, drawn(spec), here, cache, "model")
+    assert len(list(tmp_path.glob("passes/*/weights-*.safetensors"))) > len(steps)
 
     def refused(*_: object) -> None:
         raise AssertionError("the pass ran again")
@@ -89,7 +91,7 @@ def test_weights_that_did_not_change_are_not_kept(
     cache = StageCache(root=tmp_path)
     step = Quantize.model_validate({"projector": "w8a16"})
     run_stages([step], drawn(tiny_spec()), context(), cache, "model")
-    (kept,) = tmp_path.glob("passes/*/weights.safetensors")
+    (kept,) = tmp_path.glob("passes/*/weights-*.safetensors")
     with safe_open(kept, framework="pt") as file:
         assert sorted(file.keys()) == [
             f"projector.{part}.{name}"
