@@ -53,6 +53,7 @@ def _export(module: nn.Module, plan: GraphPlan) -> torch.export.ExportedProgram:
     """Trace with examples made from the plan's shapes; their values do not matter."""
     names = sorted({d for spec in plan.inputs for d in spec.shape if isinstance(d, str)})
     sizes = {name: 3 + i for i, name in enumerate(names)}  # apart from each other, and not 1
+    sizes |= plan.examples
     marks = {name: torch.export.Dim(name) for name in names}
     examples = tuple(_example(spec, sizes) for spec in plan.inputs)
     dynamic = tuple(

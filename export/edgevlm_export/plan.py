@@ -15,13 +15,15 @@ class GraphPlan:
     """The flat inputs and outputs of one graph, in the order of its module's `forward`.
 
     A dimension that is a name is dynamic; equal names are one dimension. `defaults` holds the value
-    of inputs that may stay unbound (`logit_rows`: [-1], the last row).
+    of inputs that may stay unbound (`logit_rows`: [-1], the last row). `examples` are sizes of
+    dynamic dimensions to trace with, for a module that does not take any small numbers.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     defaults: Mapping[str, np.ndarray] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     def fixed(self, **sizes: int) -> GraphPlan:
         """The same plan with numbers in place of these dynamic dimensions."""

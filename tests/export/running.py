@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+from unittest import TestCase
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from edgevlm_export.capture import SITES
+from edgevlm_export.capture import SITES, capture
 from edgevlm_export.lower import lower
 from edgevlm_export.ops.op import DOMAIN, Op
+from edgevlm_export.plan import GraphPlan
 from edgevlm_export.targets import TARGETS
+from edgevlm_runtime.manifest import TensorSpec
 
 Tensors = Mapping[str, Tensor | None]
+Shapes = Mapping[str, Sequence[int | str]]
+NO_SHAPES: Shapes = MappingProxyType({})
 
 
 def op_graph(
@@ -26,16 +32,21 @@ def op_graph(
     *,
     constants: Collection[str] = (),
     dynamic: Collection[str] = (),
+    shapes: Shapes = NO_SHAPES,
     **attributes: Any,
 ) -> ir.Model:
-    """A graph of one node of ours, at the site `op`; `dynamic` inputs have a free second axis."""
+    """A graph of one node of ours, at the site `op`.
+
+    `dynamic` inputs have a free second axis, and inputs with `shapes` declare those in place of
+    their own.
+    """
     values, inputs = [], []
     for name in op.inputs:
         tensor = tensors.get(name)
         if tensor is None:
             values.append(None)
             continue
-        shape: list[int | str] = list(tensor.shape)
+        shape: list[int | str] = list(shapes.get(name, tensor.shape))
         if name in dynamic:
             shape[1] = "T"
         kind = ir.TensorType(ir.DataType.from_numpy(as_numpy(tensor).dtype))
@@ -53,7 +64,7 @@ def op_graph(
     for i, (value, output) in enumerate(zip(node.outputs, outputs, strict=True)):
         value.name = f"out{i}"
         value.type = ir.TensorType(ir.DataType.from_numpy(output.dtype))
-        value.shape = None if dynamic else ir.Shape(output.shape)
+        value.shape = None if dynamic or shapes else ir.Shape(output.shape)
     graph = ir.Graph(
         inputs,
         node.outputs,
@@ -93,6 +104,29 @@ def lowered(op: Op, target: str, tensors: Tensors, **options: Any) -> list[np.nd
     feeds = {value.name: as_numpy(tensors[value.name]) for value in model.graph.inputs}  # type: ignore[arg-type, index]
     engine = TARGETS[target].engine.options
     return list(run(model, feeds, engine).values())  # type: ignore[arg-type]
+
+
+def spec(name: str, shape: Sequence[int | str], dtype: str = "float32") -> TensorSpec:
+    """An input or output of a plan."""
+    return TensorSpec(name=name, dtype=dtype, shape=tuple(shape))
+
+
+def captured(
+    module: nn.Module, plan: GraphPlan, target: str, *examples: Sequence[Tensor], atol: float
+) -> ir.Model:
+    """A module captured and lowered; for each of the examples, its graph equals it."""
+    # A warning says that onnxsim lost names, and that the graph was left as it was before.
+    with TestCase().assertNoLogs("edgevlm_export"):
+        model = lower(capture(module, plan), TARGETS[target])
+    for tensors in examples:
+        with torch.no_grad():
+            wanted = module(*tensors)
+        feeds = {s.name: as_numpy(x) for s, x in zip(plan.inputs, tensors, strict=True)}
+        outputs = list(run(model, feeds, TARGETS[target].engine.options).values())
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        for out, expected in zip(outputs, wanted, strict=True):
+            np.testing.assert_allclose(out, as_numpy(expected), atol=atol, rtol=0)
+    return model
 
 
 def model_of(graph: ir.Graph, sites: Sequence[str] = ("op",)) -> ir.Model:

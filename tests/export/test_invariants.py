@@ -147,8 +147,8 @@ def set_unknown(value: ir.Value) -> None:
     [
         (
             set_dtype,
-            "is double, the target 'static' has float, float8e4m3fn, float8e5m2, int16, int4, "
-            "int64, int8",
+            "is double, the target 'static' has bool, float, float8e4m3fn, float8e5m2, int16, "
+            "int4, int64, int8",
             "cast it in the model, or choose a target that has the type",
         ),
         (

@@ -20,7 +20,7 @@ from edgevlm_export.emit import Emitter
 
 DOMAIN = "edgevlm"
 MICROSOFT = "com.microsoft"
-Lowering = Callable[[Emitter, ir.Node], Sequence[ir.Value]]
+Lowering = Callable[[Emitter, ir.Node], Sequence[ir.Value | None]]  # None: nobody reads it
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,7 +35,7 @@ _TENSOR_TYPES = [
     f"tensor({name})"
     for name in (
         *("float", "float16", "bfloat16", "float8e4m3fn", "float8e5m2"),
-        *("int8", "int16", "int32", "uint8"),
+        *("int8", "int16", "int32", "int64", "uint8"),
     )
 ]
 

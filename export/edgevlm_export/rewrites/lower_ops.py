@@ -28,7 +28,8 @@ class LowerOps(ir.passes.InPlacePass):
             emit = Emitter(graph, node)
             outputs = self._lowering(graph, node)(emit, node)
             for old, new in zip(node.outputs, outputs, strict=True):
-                _take_place(old, new)
+                if new is not None:
+                    _take_place(old, new)
             if len(emit.nodes) == 1:
                 emit.nodes[0].name = emit.site
             graph.remove(node, safe=True)

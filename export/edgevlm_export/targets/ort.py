@@ -16,10 +16,11 @@ ORT = Target(
     form=FORMS["ort"],
     ops={
         "": op_names(
-            "Abs Add BitShift BitwiseAnd Cast Clip Concat Conv DequantizeLinear Div Expand Gather",
-            "LayerNormalization MatMul Max Mul QuantizeLinear Range ReduceMax ReduceSum Relu",
+            "Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Conv DequantizeLinear Div",
+            "Equal Expand Gather GatherND Greater GreaterOrEqual LayerNormalization Less MatMul",
+            "Max Min Mul NonZero Or QuantizeLinear Range ReduceMax ReduceMin ReduceSum Relu",
             "Reshape Round ScatterND Shape SimplifiedLayerNormalization Slice Softmax Split",
-            "Squeeze Sub Transpose Unsqueeze",
+            "Squeeze Sub TopK Transpose Unsqueeze Where",
         ),
         MICROSOFT: op_names(
             "BiasGelu DynamicQuantizeMatMul FastGelu FusedMatMul Gelu GroupQueryAttention",
@@ -27,7 +28,7 @@ ORT = Target(
             "SkipSimplifiedLayerNormalization",
         ),
     },
-    dtypes=dtype_set("FLOAT INT8 INT32 INT64 UINT8"),
+    dtypes=dtype_set("BOOL FLOAT INT8 INT32 INT64 UINT8"),
     static_shapes=False,
     rewrites=(
         SplitPacked(),

@@ -13,12 +13,13 @@ STATIC = Target(
     form=FORMS["static"],
     ops={
         "": op_names(
-            "Add Concat Conv DequantizeLinear Div Erf Expand Gather Gemm LayerNormalization MatMul",
-            "Mul QuantizeLinear ReduceMean Relu Reshape Sigmoid Slice Softmax Split Sqrt Sub Tanh",
-            "Transpose",
+            "Add And ArgMax Cast Concat Conv DequantizeLinear Div Equal Erf Expand Gather Gemm",
+            "Greater GreaterOrEqual LayerNormalization Less MatMul Min Mul Or QuantizeLinear",
+            "ReduceMean ReduceMin ReduceSum Relu Reshape Sigmoid Slice Softmax Split Sqrt Sub Tanh",
+            "TopK Transpose Where",
         ),
     },
-    dtypes=dtype_set("FLOAT FLOAT8E4M3FN FLOAT8E5M2 INT4 INT8 INT16 INT64"),
+    dtypes=dtype_set("BOOL FLOAT FLOAT8E4M3FN FLOAT8E5M2 INT4 INT8 INT16 INT64"),
     static_shapes=True,
     rewrites=(SplitPacked(), LowerOps(("standard",)), Simplify()),
     engine=host_engine("MatMulAddFusion", "NchwcTransformer", "SkipLayerNormFusion", emulates=True),
