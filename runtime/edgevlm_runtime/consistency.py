@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from edgevlm_runtime.errors import BundleError
 from edgevlm_runtime.manifest import (
     DTYPE_BYTES,
+    WEIGHTS,
     GraphSpec,
     Manifest,
     StateTensor,
@@ -17,14 +18,18 @@ from edgevlm_runtime.manifest import (
 )
 
 # Kinds of input sources, and what the part after the colon names.
-SOURCES = {
+SOURCES: Mapping[str, str | None] = {
     "pixels": None,
     "grid": None,
     "tokens": None,
     "embeds": None,
     "question_embeds": None,
-    "rope_cos": None,
-    "rope_sin": None,
+    "question_weights": "kind",
+    "row_weights": "kind",
+    "picture_rows": None,
+    "last_row": None,
+    "rope_cos": "group",
+    "rope_sin": "group",
     "row_valid": None,
     "logit_rows": None,
     "last_slot": "group",
@@ -35,7 +40,12 @@ SOURCES = {
     "output": "output",
     "constant": "file",
 }
-PHASES = ("prefill", "decode", "verify")
+# Sources that mean something without a name, too.
+_ALSO_PLAIN = ("rope_cos", "rope_sin")
+# Sources that are known where a whole prompt is read in one call.
+_OF_PICTURES = ("picture_rows", "row_weights")
+PICTURE = "picture"
+PHASES = ("prefill", "decode", "verify", PICTURE)
 MASKS = ("causal", "additive")
 # A decoder keeps a position per row, from the start.
 MAX_POSITIONS = 1 << 24
@@ -55,11 +65,12 @@ def _check_variant(place: str, variant: Variant, files: Collection[str]) -> None
     _unique(f"{place}.state", groups)
     _unique(f"{place}.state", [tensor.name for tensor in tensors])
     outputs = {output.name for graph in variant.graphs for output in graph.outputs}
-    names = {
+    names: Mapping[str, Collection[str]] = {
         "group": set(groups),
         "state": {tensor.name for tensor in tensors},
         "output": outputs,
         "file": files,
+        "kind": WEIGHTS,
     }
     for graph in variant.graphs:
         at = f"{place}.graphs[{graph.name}]"
@@ -67,7 +78,11 @@ def _check_variant(place: str, variant: Variant, files: Collection[str]) -> None
         for group in graph.dropped:
             _known(f"{at}.dropped", group, names["group"], "state groups")
         for tensor in graph.inputs:
-            _check_source(f"{at}.inputs[{tensor.name}].source", tensor.source, names)
+            source_at = f"{at}.inputs[{tensor.name}].source"
+            _check_source(source_at, tensor.source, names)
+            kind = tensor.source.partition(":")[0]
+            if kind in _OF_PICTURES and PICTURE not in graph.phases:
+                _refuse(source_at, f"{kind!r} is only for graphs of the phase {PICTURE!r}")
     for state_group in variant.state:
         _positive(f"{place}.state[{state_group.name}].capacity", [state_group.capacity])
         for state in state_group.tensors:
@@ -94,6 +109,8 @@ def _check_graph(at: str, graph: GraphSpec, files: Collection[str]) -> None:
         _known(f"{at}.weights", weight, files, "files")
     for phase in graph.phases:
         _known(f"{at}.phases", phase, PHASES, "phases")
+    if PICTURE in graph.phases and len(graph.phases) > 1:
+        _refuse(f"{at}.phases", f"{PICTURE!r} stands alone, got {list(graph.phases)}")
     _known(f"{at}.mask", graph.mask, MASKS, "masks")
     _positive(f"{at}.rows", [rows for rows in (graph.rows, graph.max_rows) if rows is not None])
     for kind, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
@@ -136,10 +153,12 @@ def _check_tensor(at: str, tensor: TensorSpec) -> None:
     _positive(f"{at}.shape", [dim for dim in tensor.shape if isinstance(dim, int)])
 
 
-def _check_source(at: str, source: str, names: dict[str, Collection[str]]) -> None:
+def _check_source(at: str, source: str, names: Mapping[str, Collection[str]]) -> None:
     kind, colon, argument = source.partition(":")
     _known(at, kind, SOURCES, "sources")
     refers_to = SOURCES[kind]
+    if kind in _ALSO_PLAIN and not colon:
+        return
     if (refers_to is None) == bool(colon):
         what = "takes no name" if refers_to is None else f"takes the name of a {refers_to}"
         _refuse(at, f"source {kind!r} {what}, got {source!r}")

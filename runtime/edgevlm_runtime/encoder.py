@@ -22,6 +22,7 @@ from edgevlm_runtime.image import PreparedImage
 from edgevlm_runtime.manifest import GraphSpec, TensorSpec
 
 IMAGE_EMBEDS = "image_embeds"
+IMAGE_POSITIONS = "image_positions"
 _DECODING = {"embeds", "state", "tokens"}
 
 
@@ -49,9 +50,19 @@ class Encoder:
             if graph.grid is None:
                 self._engines.open(graph)
 
-    def run(self, pictures: Sequence[PreparedImage], question: Array) -> dict[str, Array]:
-        """The named outputs of all graphs, for `question` [Q, W], the text rows of the prompt."""
+    def run(
+        self,
+        pictures: Sequence[PreparedImage],
+        question: Array,
+        weights: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """The named outputs of all graphs, for `question` [Q, W], the text rows of the prompt.
+
+        `weights` are those of these rows [Q], by kind.
+        """
         prompt: dict[str, Array] = {"question_embeds": question[None]}
+        for name, rows in (weights or {}).items():
+            prompt[f"question_weights:{name}"] = rows[None]
         for graph in self._per_prompt:
             prompt |= self._call(graph, prompt)
         calls = []
@@ -101,7 +112,7 @@ class Encoder:
                 "which is not there before the decoder runs",
                 hint="compile the bundle again",
             )
-        if kind == "question_embeds":
+        if kind in ("question_embeds", "question_weights"):
             value = _question_rows(tensor, value)
         return as_input(value, tensor)
 
@@ -164,9 +175,10 @@ def _ordered(graphs: Sequence[GraphSpec]) -> list[GraphSpec]:
 
 
 def _question_rows(tensor: TensorSpec, question: Array) -> Array:
-    """[1, Q, W]: all rows; or the last Q where Q is a number, zeros first if there are fewer."""
+    """[1, Q, ..]: all rows; or the last Q where Q is a number, zeros first if there are fewer."""
     num_rows = tensor.shape[1]
     if isinstance(num_rows, str):
         return question
     kept = question[:, -num_rows:]
-    return np.pad(kept, ((0, 0), (num_rows - kept.shape[1], 0), (0, 0)))
+    missing = np.zeros((1, num_rows - kept.shape[1], *kept.shape[2:]), kept.dtype)
+    return np.concatenate([missing, kept], axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,13 +137,14 @@ def _prepare_native(image: Image.Image, spec: ImageSpec, geometry: NativeGeometr
         merge=geometry.merge,
         temporal=geometry.temporal_patch,
     )
+    index = geometry.grids.index(grid)
     layout = ImageLayout(
-        tokens=(spec.tokens[geometry.grids.index(grid)],),
+        tokens=(spec.tokens[index],),
         grid=grid,
         token_grid=(grid[0] // geometry.merge, grid[1] // geometry.merge),
     )
     feed: Feed = {"pixels": pixels, "grid": np.array([[1, *grid]], np.int64)}
-    return PreparedImage(feeds=(feed,), layout=layout, note=note)
+    return PreparedImage(feeds=(feed,), layout=_placed(layout, spec, index), note=note)
 
 
 def _prepared(images: list[Image.Image], spec: ImageSpec, layout: ImageLayout) -> PreparedImage:
@@ -152,7 +153,14 @@ def _prepared(images: list[Image.Image], spec: ImageSpec, layout: ImageLayout) -
     for image, out_CHW in zip(images, pixels, strict=True):
         write_pixels(image, out_CHW, spec)
     feeds = tuple({"pixels": pixels[i : i + 1]} for i in range(len(images)))
-    return PreparedImage(feeds=feeds, layout=layout)
+    return PreparedImage(feeds=feeds, layout=_placed(layout, spec, 0))
+
+
+def _placed(layout: ImageLayout, spec: ImageSpec, index: int) -> ImageLayout:
+    """The layout with the spec's offsets and span of that number."""
+    offsets = None if spec.offsets is None else spec.offsets[index]
+    span = None if spec.spans is None else spec.spans[index]
+    return replace(layout, offsets=offsets, span=span)
 
 
 def _resized(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> Image.Image:

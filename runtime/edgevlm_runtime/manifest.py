@@ -13,7 +13,16 @@ Sources of graph inputs
     `embeds`             rows of the prompt, or of the tokens of this call, embedded [1, T, W]
     `question_embeds`    embedded text rows of the prompt [1, Q, W], before any picture is encoded;
                          where Q is a number the last Q of them, zero rows first if there are fewer
+    `question_weights:KIND`  float32 [1, Q], the weights of these rows
+    `row_weights:KIND`   float32 [1, T], the weights of the rows of this call, 0 for visual rows and
+                         for padding
+    `picture_rows`       int64 [P], where each picture group of this call begins: the visual tokens
+                         that one call of the vision graph gives, which stand in consecutive rows
+    `last_row`           int64 [1], the last row of this call that is no padding
     `rope_cos`, `rope_sin`   rotary tables, row r for row r of this call; further rows are not read
+    `rope_cos:GROUP`, `rope_sin:GROUP`   the same for a group whose positions are packed: row r of
+                         those that reach it stands where row r of this call does, less the rows
+                         that earlier calls have dropped
     `last_slot:GROUP`    int32 [1], used slots + T - 1       (`seqlens_k` of GroupQueryAttention)
     `total:GROUP`        int32 [], used slots + T            (`total_sequence_length`)
     `used:GROUP`         int64 [1], used slots before this call
@@ -23,6 +32,11 @@ Sources of graph inputs
     `state:NAME`         the state tensor of that name
     `output:NAME`        an output of that name of a graph that ran before
     `constant:FILE`      the array in that file of the bundle (.npy)
+
+Kinds of weights
+    `text` weighs every text row of the prompt 1. `question` those after its last visual row, all
+    where it has none. `words` those of `question` whose token is not silent (`silent_tokens` of the
+    text spec), or all of them where every one is.
 
 Dtypes
     `float64`, `float32`, `float16`, `int64`, `int32`, `int16`, `int8`, `uint8`, `bool` are those of
@@ -63,6 +77,9 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 """The dtypes of tensors, with the bytes of a number."""
 
+WEIGHTS = ("text", "question", "words")
+"""The kinds of weights of rows."""
+
 
 def carrier(dtype: str) -> str:
     """The numpy dtype that carries a dtype on the host: the bytes of float8, else itself."""
@@ -91,12 +108,14 @@ class EngineSpec:
 class GraphSpec:
     """One executable: its job, its files, its inputs and outputs.
 
-    `phases` says which calls a step graph may serve (`prefill`, `decode`, `verify`); `rows` is the
-    number of rows of a static graph, or None where T is dynamic up to `max_rows`. `mask` is
-    `causal` (built in) or `additive` (an input, whose closed value is `mask_value`). `grid` is the
-    patch grid (height, width) that a static native-resolution vision graph was made for.
-    `dropped` says for a state group how many rows of a call never reach it, because the graph
-    reduces them before the layers of that group; T in the group's inputs is then T less these.
+    `phases` says which calls a step graph may serve (`prefill`, `decode`, `verify`, or `picture`
+    alone: a prompt with visual tokens, whole); `rows` is the number of rows of a static graph, or
+    None where T is dynamic up to `max_rows`. `mask` is `causal` (built in) or `additive` (an input,
+    whose closed value is `mask_value`). `grid` is the patch grid (height, width) that a static
+    native-resolution vision graph was made for. `dropped` says for a state group how many rows
+    never reach it, because the graph reduces them before the layers of that group: rows of each
+    picture group where the graph has an input of source `picture_rows`, else of each call. T in the
+    group's inputs is then T less these.
     """
 
     name: str

@@ -14,11 +14,12 @@ from edgevlm_runtime.completion import Completion, FinishReason, StreamEvent, Ti
 from edgevlm_runtime.decode.decoder import StepDecoder, open_decoder
 from edgevlm_runtime.decode.protocol import Cancelled, Prompt
 from edgevlm_runtime.emission import Emission
-from edgevlm_runtime.encoder import IMAGE_EMBEDS, Encoder
+from edgevlm_runtime.encoder import IMAGE_EMBEDS, IMAGE_POSITIONS, Encoder
 from edgevlm_runtime.engine import Array, Engines
 from edgevlm_runtime.engines.table import EmbeddingTable, open_table
 from edgevlm_runtime.errors import BundleError, InputError, ResourceError
 from edgevlm_runtime.image import ImageSource, ImageSpec, PreparedImage, load_image, prepare
+from edgevlm_runtime.positions import placed_positions
 from edgevlm_runtime.sample import Sampler, Sampling
 from edgevlm_runtime.text import EncodedPrompt, Messages, TextSpec, encode_prompt, load_tokenizer
 
@@ -151,7 +152,7 @@ class Session:
             decoder = self.decoder
             decoder.rewind(0)
             encoded, pictures = self._prepared(prompt, images)
-            decoder.check_prompt(len(encoded.token_ids))
+            decoder.check_prompt(len(encoded.token_ids), len(encoded.picture_rows))
             prepared = perf_counter()
             embedded = self._embedded(encoded, pictures)
             seen = perf_counter()
@@ -251,14 +252,28 @@ class Session:
         embeds = self._table.rows(encoded.token_ids)
         is_text = np.ones(len(embeds), bool)
         is_text[encoded.image_rows] = False
-        values = self._encoder.run(pictures, embeds[is_text])
+        weights = {kind: rows[is_text] for kind, rows in encoded.row_weights.items()}
+        values = self._encoder.run(pictures, embeds[is_text], weights)
+        positions, next_position = encoded.positions, encoded.next_position
         if pictures:
             _place(embeds, encoded.image_rows, values)
+        seen = values.pop(IMAGE_POSITIONS, None)
+        if pictures and seen is not None:
+            counts = [count for picture in pictures for count in picture.layout.tokens]
+            positions, next_position = placed_positions(
+                len(embeds),
+                encoded.image_rows,
+                [picture.layout for picture in pictures],
+                self._text.positions,
+                np.split(seen[0], np.cumsum(counts)[:-1]),
+            )
         return Prompt(
             embeds=embeds,
-            positions=encoded.positions,
-            next_position=encoded.next_position,
+            positions=positions,
+            next_position=next_position,
             values=values,
+            picture_rows=encoded.picture_rows,
+            row_weights=encoded.row_weights,
         )
 
 

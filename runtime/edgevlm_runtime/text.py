@@ -8,7 +8,7 @@ them: a prompt assembled from what a robot heard or read must not be able to end
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from edgevlm_runtime.chat import (
 )
 from edgevlm_runtime.errors import BundleError, InputError
 from edgevlm_runtime.images.spec import ImageLayout
-from edgevlm_runtime.positions import mrope_positions
+from edgevlm_runtime.positions import AXES, Positions, placed_positions
+from edgevlm_runtime.row_weights import row_weights
 
 __all__ = [
     "EncodedPrompt",
@@ -41,8 +42,6 @@ __all__ = [
     "render",
     "user_message",
 ]
-
-POSITIONS = ("sequential", "mrope")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +64,8 @@ class TextSpec:
     `chat_template` is Jinja text. `special` are the names the template may use (`bos_token`, ...).
     `image_token` is what the template writes for a picture and what stands once per visual token;
     `tile_marks` says what else is written around the tiles of one, None nothing. `positions` is
-    `sequential` or `mrope` (three numbers per row).
+    `sequential` or `mrope` (three numbers per row). `silent_tokens` are those that say nothing
+    about what is asked: punctuation, filler words, what the template writes.
     """
 
     chat_template: str
@@ -74,6 +74,7 @@ class TextSpec:
     image_token_id: int
     tile_marks: TileMarks | None = None
     positions: str = "sequential"
+    silent_tokens: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest."""
@@ -85,8 +86,8 @@ class TextSpec:
         """Read the manifest's `text`; what is unknown, missing or wrong is a `BundleError`."""
         spec = structure.from_json(cls, data, "manifest.json: text")
         problem = None
-        if spec.positions not in POSITIONS:
-            known = " or ".join(repr(name) for name in POSITIONS)
+        if spec.positions not in AXES:
+            known = " or ".join(repr(name) for name in AXES)
             problem = f"positions: expected {known}, got {spec.positions!r}"
         elif not spec.image_token:
             problem = "image_token: it is empty"
@@ -100,17 +101,21 @@ class TextSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedPrompt:
-    """A prompt ready for prefill. T rows, V of them visual.
+    """A prompt ready for prefill. T rows, V of them visual, in P picture groups.
 
     `image_rows` [V] are the rows where visual features go, in the order of the vision graph's
-    calls and tokens; `token_ids` [T] holds the image token there. `positions` is int64 [T], or
-    [3, T] (temporal, height, width) for M-RoPE. `next_position` is that of the first new token.
+    calls and tokens; `token_ids` [T] holds the image token there. `picture_rows` [P] are those of
+    them where a call's tokens begin. `positions` is [T], or [3, T] (temporal, height, width) for
+    M-RoPE, int64 or for fractions float64. `next_position` is that of the first new token.
+    `row_weights` has float32 [T] for each kind of weights.
     """
 
     token_ids: NDArray[np.int64]
     image_rows: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    next_position: int
+    positions: Positions
+    next_position: float
+    picture_rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    row_weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def load_tokenizer(data: bytes) -> Tokenizer:
@@ -159,15 +164,15 @@ def encode_prompt(
             f"the tokenizer made {len(image_rows)} image tokens of {num_tokens} visual tokens",
             hint=f"check that {spec.image_token!r} has id {spec.image_token_id} in tokenizer.json",
         )
-    if spec.positions == "mrope":
-        positions = mrope_positions(len(token_ids), image_rows, layouts)
-    else:
-        positions = np.arange(len(token_ids), dtype=np.int64)
+    positions, next_position = placed_positions(len(token_ids), image_rows, layouts, spec.positions)
+    counts = [count for layout in layouts for count in layout.tokens]
     return EncodedPrompt(
         token_ids=token_ids,
         image_rows=image_rows,
         positions=positions,
-        next_position=int(positions.max()) + 1,
+        next_position=next_position,
+        picture_rows=image_rows[np.cumsum([0, *counts], dtype=np.int64)[:-1]],
+        row_weights=row_weights(token_ids, image_rows, spec.silent_tokens),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,21 @@ def write_manifest(
     variants: dict[str, Variant],
     *,
     eos: tuple[int, ...] = (END,),
+    image: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
     **generation: Any,
 ) -> Path:
-    """Write the tokenizer, list every file, and write the manifest."""
+    """Write the tokenizer, list every file, and write the manifest.
+
+    `image` and `text` are changes to the sections of that name.
+    """
     TOKENIZER.save(str(folder / "tokenizer.json"))
     files = {
         path.relative_to(folder).as_posix(): entry_of(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    image = ImageSpec(
+    images = ImageSpec(
         geometry=FixedGeometry(size=(IMAGE_SIZE, IMAGE_SIZE)),
         resample="nearest",
         rescale=1 / 255,
@@ -96,7 +102,7 @@ def write_manifest(
         std=None,
         tokens=(IMAGE_TOKENS,),
     )
-    text = TextSpec(
+    prompts = TextSpec(
         chat_template=SCENES, special={}, image_token="<image>", image_token_id=IMAGE_TOKEN
     )
     manifest = Manifest(
@@ -106,8 +112,8 @@ def write_manifest(
         model=ModelInfo(name="toy", family="toy", source="tests"),
         variants=variants,
         default_variant=next(iter(variants)),
-        image=image.to_json(),
-        text=text.to_json(),
+        image={**images.to_json(), **(image or {})},
+        text={**prompts.to_json(), **(text or {})},
         generation=GenerationSpec(eos_token_ids=eos, **generation),
         files=files,
     )
@@ -134,7 +140,7 @@ def write_toy(folder: Path, *, seed: int = 3, **fields: Any) -> Path:
         OnnxGraph(folder, "step", "step"),
         PLAIN,
         weights,
-        CAPACITY,
+        {"main": CAPACITY},
         phases=("prefill", "decode", "verify"),
         max_rows=12,
     )

@@ -47,6 +47,10 @@ class OnnxGraph:
         )
         return outputs[0]
 
+    def filled(self, shape: str, number: int) -> str:
+        value = numpy_helper.from_array(np.array([number], np.int64))
+        return self.node("ConstantOfShape", shape, value=value)
+
     def slice(self, value: str, axis: int, begin: int, end: int) -> str:
         bounds = (self.const(np.array([number])) for number in (begin, end, axis))
         return self.node("Slice", value, *bounds)

@@ -74,6 +74,25 @@ def test_question_rows_are_there_without_pictures(
     np.testing.assert_array_equal(encoder.run([], QUESTION)["asked"][0], wanted)
 
 
+@pytest.mark.parametrize(("rows", "wanted"), [("Q", [0, 2, 3]), (2, [2, 3]), (5, [0, 0, 0, 2, 3])])
+def test_weights_go_with_the_question_rows(
+    tmp_path: Path, rows: int | str, wanted: list[float]
+) -> None:
+    """Of the kind that the graph names; rows of padding come first and weigh nothing."""
+    graph = OnnxGraph(tmp_path, "ask", "question")
+    weights = graph.input("x", "float32", (1, rows), "question_weights:words")
+    graph.output(graph.node("Identity", weights), "weighed", "float32", (1, rows))
+    encoder = opened(tmp_path, graph.finish())
+    given = {"text": np.ones(3, np.float32), "words": np.array([0, 2, 3], np.float32)}
+    assert encoder.run([], QUESTION, given)["weighed"].tolist() == [wanted]
+    with pytest.raises(BundleError) as error:
+        encoder.run([], QUESTION)
+    assert str(error.value) == (
+        "input 'x' of graph 'ask' has source 'question_weights:words', which is not there before "
+        "the decoder runs\n  hint: compile the bundle again"
+    )
+
+
 def test_the_grid_chooses_the_graph(tmp_path: Path) -> None:
     graphs = []
     for grid in ((1, 2), (3, 1)):

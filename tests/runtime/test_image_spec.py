@@ -63,12 +63,16 @@ def test_a_spec_survives_json(geometry: Any) -> None:
         std=(0.4, 0.5, 0.6),
         tokens=(4, 4) if isinstance(geometry, NativeGeometry) else (4,),
         rules=ConversionRules(background=(0, 0, 0), formats=("PNG",), max_pixels=9),
+        offsets=(((0.0,), (0.25,), (0.5,), (0.75,)),)
+        * (2 if isinstance(geometry, NativeGeometry) else 1),
+        spans=(1.0, 2.5) if isinstance(geometry, NativeGeometry) else (1.0,),
     )
     assert ImageSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-def test_rules_may_be_left_out() -> None:
-    assert ImageSpec.from_json(SECTION).rules == ConversionRules()
+def test_what_may_be_left_out() -> None:
+    spec = ImageSpec.from_json(SECTION)
+    assert (spec.rules, spec.offsets, spec.spans) == (ConversionRules(), None, None)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,25 @@ def test_rules_may_be_left_out() -> None:
             {"rules": {"sixteen_bit_divisor": 0}},
             "image.rules: the divisor and the bounds must be positive",
         ),
+        (
+            {"offsets": [[[0], [1]]]},
+            "image.offsets: expected a row for each of [4] tokens, got [2]",
+        ),
+        (
+            {"offsets": [[[0]] * 4] * 2},
+            "image.offsets: expected a row for each of [4] tokens, got [4, 4]",
+        ),
+        (
+            {"offsets": [[[0], [1], [2], [3, 4]]]},
+            "image.offsets: expected rows of one length, got [1, 2]",
+        ),
+        ({"offsets": [[[]] * 4]}, "image.offsets: expected rows of one length, got [0]"),
+        ({"offsets": [[[0], [1], [2], [1e400]]]}, "image.offsets: a number is not finite"),
+        ({"offsets": [[0, 1, 2, 3]]}, "image.offsets[0][0]: expected a list, got 0"),
+        ({"spans": []}, "image.spans: expected 1 positive numbers, got []"),
+        ({"spans": [1, 1]}, "image.spans: expected 1 positive numbers, got [1.0, 1.0]"),
+        ({"spans": [0]}, "image.spans: expected 1 positive numbers, got [0.0]"),
+        ({"spans": [1e400]}, "image.spans: expected 1 positive numbers, got [inf]"),
         (
             {"rules": {"formats": ["TIFF"]}},
             "image.rules.formats: expected some of 'JPEG', 'PNG', 'WEBP', 'BMP', got ['TIFF']",

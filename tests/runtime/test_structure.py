@@ -159,7 +159,7 @@ def test_text_that_is_not_json(text: str) -> None:
             at(*GRAPH, "phases"),
             ["think"],
             "variants.ort.graphs[step].phases: 'think' is not one of the phases ('decode', "
-            "'prefill', 'verify')",
+            "'picture', 'prefill', 'verify')",
         ),
         (
             at(*GRAPH, "inputs", 3, "source"),
@@ -172,6 +172,41 @@ def test_text_that_is_not_json(text: str) -> None:
             "total",
             "variants.ort.graphs[step].inputs[seqlens_k].source: source 'total' takes the name of "
             "a group, got 'total'",
+        ),
+        (
+            at(*GRAPH, "inputs", 1, "source"),
+            "rope_cos:late",
+            "variants.ort.graphs[step].inputs[rope_cos].source: 'late' is not one of the groups "
+            "('main')",
+        ),
+        (
+            at(*GRAPH, "inputs", 0, "source"),
+            "question_weights:verbs",
+            "variants.ort.graphs[step].inputs[inputs_embeds].source: 'verbs' is not one of the "
+            "kinds ('question', 'text', 'words')",
+        ),
+        (
+            at(*GRAPH, "inputs", 0, "source"),
+            "row_weights",
+            "variants.ort.graphs[step].inputs[inputs_embeds].source: source 'row_weights' takes "
+            "the name of a kind, got 'row_weights'",
+        ),
+        (
+            at(*GRAPH, "inputs", 0, "source"),
+            "row_weights:text",
+            "variants.ort.graphs[step].inputs[inputs_embeds].source: 'row_weights' is only for "
+            "graphs of the phase 'picture'",
+        ),
+        (
+            at(*GRAPH, "inputs", 0, "source"),
+            "picture_rows",
+            "variants.ort.graphs[step].inputs[inputs_embeds].source: 'picture_rows' is only for "
+            "graphs of the phase 'picture'",
+        ),
+        (
+            at(*GRAPH, "phases"),
+            ["decode", "picture"],
+            "variants.ort.graphs[step].phases: 'picture' stands alone, got ['decode', 'picture']",
         ),
         (
             at(*GRAPH, "inputs", 0, "source"),

@@ -6,7 +6,7 @@ built by hand with `onnx.helper`, in both forms of step graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgevlm_runtime.manifest import GraphSpec, RopeSpec, StateGroup, StateTensor, TensorSpec
 from tests.runtime.onnx_graph import OnnxGraph
+from tests.runtime.reduction import Reduction, kept_rows
 
 Array = NDArray[Any]
 
@@ -71,10 +72,11 @@ def toy_table(seed: int = 7) -> Array:
 
 @dataclass(kw_only=True, slots=True)
 class Reference:
-    """The decoder in float64, row by row."""
+    """The decoder in float64, row by row; positions of `packed` groups count the rows they got."""
 
     layers: Sequence[Layer]
     rope: RopeSpec = ROPE
+    packed: Collection[str] = ()
     memory: dict[str, list[Array]] = field(default_factory=dict)
 
     def call(
@@ -83,14 +85,18 @@ class Reference:
         embeds: Array,
         positions: Array,
         dropped: Mapping[str, int] | None = None,
+        gone: Mapping[str, Collection[int]] | None = None,
     ) -> tuple[Array, Array]:
-        """Logits and hidden rows of a call, of those rows that reached the end."""
+        """Logits and hidden rows of a call, of those rows that reached the end.
+
+        A group never gets its first `dropped` rows, nor those that are `gone`.
+        """
         first = dict.fromkeys((layer.group for layer in self.layers), 0) | dict(dropped or {})
         logits, hiddens = [], []
         for row, (embed, position) in enumerate(zip(embeds, positions, strict=True)):
             x = embed.astype(np.float64)
             for layer in self.layers:
-                if row < first[layer.group]:
+                if row < first[layer.group] or row in (gone or {}).get(layer.group, ()):
                     break
                 x = x + self._layer(layer, weights, x, np.atleast_1d(position))
             else:
@@ -111,6 +117,8 @@ class Reference:
             columns.append(x @ weight("in"))
             return (np.array(columns[-TAPS:]) * weight("taps")).sum(0) @ weight("out")
         cache = self.memory.setdefault(layer.name, [])
+        if layer.group in self.packed:
+            position = np.array([len(cache)])
         key = self._rotated(x @ weight("k"), position)
         cache.append(np.concatenate([key, x @ weight("v")]))
         keys, values = np.split(np.array(cache), 2, axis=1)
@@ -172,6 +180,8 @@ def delta_graph(
     dropped: Mapping[str, int] | None = None,
     hidden: bool = False,
     extra_input: str | None = None,
+    reduction: Reduction | None = None,
+    packed: Collection[str] = (),
     **fields: Any,
 ) -> GraphSpec:
     """A step graph of fixed rows that returns new rows; standard ops only."""
@@ -185,6 +195,7 @@ def delta_graph(
     wanted = graph.input("logit_rows", "int64", (num_logits,), "logit_rows")
     gone = 0
     masks: dict[str, str] = {}
+    turned: list[str] = []
     for layer in layers:
         missing = dropped.get(layer.group, 0) - gone
         if missing > 0:
@@ -192,6 +203,16 @@ def delta_graph(
             tables = [graph.slice(table, 0, missing, rows) for table in tables]
             wanted = graph.node("Sub", wanted, graph.const(np.array([missing], np.int64)))
             gone += missing
+        if reduction is not None and layer.group == reduction.group and not gone:
+            assert isinstance(reduction.pictures, int), "fixed rows, fixed pictures"
+            kept, places = kept_rows(graph, x, rows, reduction)
+            x = graph.node("Gather", x, kept, axis=1)
+            tables = [graph.node("Gather", table, kept, axis=0) for table in tables]
+            wanted = graph.node("Gather", places, wanted)
+            gone = reduction.dropped * reduction.pictures
+        if layer.group in packed and layer.group not in turned:
+            turned.append(layer.group)
+            tables = _packed_tables(graph, layer.group, rows - gone)
         if layer.kind == "attention":
             slots = capacities[layer.group]
             if layer.group not in masks:
@@ -215,6 +236,8 @@ def delta_graph(
         "float32",
         (1, num_logits, VOCAB),
     )
+    if reduction is not None:
+        dropped = {reduction.group: reduction.dropped}
     return graph.finish(rows=rows, mask="additive", dropped=dropped, **fields)
 
 
@@ -222,27 +245,44 @@ def inplace_graph(
     graph: OnnxGraph,
     layers: Sequence[Layer],
     weights: Mapping[str, Array],
-    capacity: int,
+    capacities: Mapping[str, int],
+    *,
+    reduction: Reduction | None = None,
+    packed: Collection[str] = (),
     **fields: Any,
 ) -> GraphSpec:
     """A step graph of any number of rows, on GroupQueryAttention."""
     x = graph.input("inputs_embeds", "float32", (1, "T", WIDTH), "embeds")
-    half = (capacity, HEAD_DIM // 2)
+    most = max(capacities.values())
+    half = (most, HEAD_DIM // 2)
     tables = [graph.input(name, "float32", half, name) for name in ("rope_cos", "rope_sin")]
-    last = graph.input("seqlens_k", "int32", (1,), "last_slot:main")
-    total = graph.input("total_sequence_length", "int32", (), "total:main")
+    lengths: dict[str, list[str]] = {}
+    for group in capacities:
+        of = "" if group == "main" else f".{group}"
+        last = graph.input(f"seqlens_k{of}", "int32", (1,), f"last_slot:{group}")
+        total = graph.input(f"total_sequence_length{of}", "int32", (), f"total:{group}")
+        lengths[group] = [last, total]
     wanted = graph.input("logit_rows", "int64", ("R",), "logit_rows")
-    zero, one = graph.const(np.array(0)), graph.const(np.array(1))
-    num_rows = graph.node(
-        "Squeeze", graph.node("Shape", x, start=1, end=2), graph.const(np.array([0]))
-    )
-    order = graph.node(
-        "Unsqueeze", graph.node("Range", zero, num_rows, one), graph.const(np.array([0]))
-    )
+    order = _order(graph, x)
+    turned: list[str] = []
+    kept = ""
     for layer in layers:
+        if reduction is not None and layer.group == reduction.group and not kept:
+            kept, places = kept_rows(graph, x, "T", reduction)
+            x = graph.node("Gather", x, kept, axis=1)
+            wanted = graph.node("Gather", places, wanted)
+            # The operator wants a table of as many rows as there are slots.
+            wider = graph.const(np.array([0, 0, most, 0]))
+            tables = [
+                graph.node("Pad", graph.node("Gather", table, kept), wider) for table in tables
+            ]
+            order = _order(graph, x)
+        if layer.group in packed and layer.group not in turned:
+            turned.append(layer.group)
+            tables = _packed_tables(graph, layer.group, most)
         if layer.kind == "attention":
             parts = [_linear(graph, layer, weights, part, x) for part in ("q", "k", "v")]
-            shape = (1, 1, capacity, HEAD_DIM)
+            shape = (1, 1, capacities[layer.group], HEAD_DIM)
             names = [f"{part}.{layer.name}" for part in ("key", "value")]
             past = [
                 graph.input(f"past.{name}", "float32", shape, f"state:{name}") for name in names
@@ -253,8 +293,7 @@ def inplace_graph(
                 "GroupQueryAttention",
                 *parts,
                 *past,
-                last,
-                total,
+                *lengths[layer.group],
                 *tables,
                 order,
                 domain="com.microsoft",
@@ -270,7 +309,22 @@ def inplace_graph(
     picked = graph.node("Gather", x, wanted, axis=1)
     logits = graph.node("MatMul", picked, graph.const(weights["head"]))
     graph.output(logits, "logits", "float32", (1, "R", VOCAB))
-    return graph.finish(**fields)
+    dropped = {} if reduction is None else {reduction.group: reduction.dropped}
+    return graph.finish(dropped=dropped, **fields)
+
+
+def _order(graph: OnnxGraph, x: str) -> str:
+    """The numbers of the rows of x [1, T, W]."""
+    zero, one = graph.const(np.array(0)), graph.const(np.array(1))
+    first = graph.const(np.array([0]))
+    num_rows = graph.node("Squeeze", graph.node("Shape", x, start=1, end=2), first)
+    return graph.node("Unsqueeze", graph.node("Range", zero, num_rows, one), first)
+
+
+def _packed_tables(graph: OnnxGraph, group: str, rows: int) -> list[str]:
+    half = (rows, HEAD_DIM // 2)
+    names = (f"rope_cos:{group}", f"rope_sin:{group}")
+    return [graph.input(name.replace(":", "."), "float32", half, name) for name in names]
 
 
 def _linear(graph: OnnxGraph, layer: Layer, weights: Mapping[str, Array], part: str, x: str) -> str:

@@ -16,7 +16,7 @@ from edgevlm_runtime.decode.feeds import CallRows
 from edgevlm_runtime.decode.groups import Group
 from edgevlm_runtime.decode.protocol import Cancelled, Prompt, Step
 from edgevlm_runtime.decode.schedule import Calls, Schedule
-from edgevlm_runtime.decode.step_graph import KEPT_ROWS, BoundStep, StepGraph
+from edgevlm_runtime.decode.step_graph import KEPT_ROWS, BoundStep, Sizes, StepGraph
 from edgevlm_runtime.engine import Array, Engines
 from edgevlm_runtime.engines.table import EmbeddingTable
 from edgevlm_runtime.errors import BundleError, EngineError, InputError
@@ -95,18 +95,18 @@ class StepDecoder:
         return min([len(self._positions) - 1, *(self._length + slots for slots in free)])
 
     def load(self) -> None:
-        """Load the graphs of a long prompt and of a token after it."""
-        for phase, num_rows in (("prefill", self.capacity), ("decode", 1)):
-            self._schedule.graph(phase, num_rows).load()
+        """Load the graphs of a long prompt, with and without a picture, and of a token after it."""
+        for step in self._schedule.ordinary(self.capacity):
+            step.load()
 
-    def check_prompt(self, num_rows: int) -> None:
-        """Raise InputError where a prompt does not fit, and say by how much."""
-        self._check_room(self._schedule.calls("prefill", num_rows, every=False))
+    def check_prompt(self, num_rows: int, num_pictures: int = 0) -> None:
+        """Raise InputError where a prompt with so many picture groups does not fit, and say why."""
+        self._check_room(self._schedule.prompt(num_rows, num_pictures))
 
     def prefill(self, prompt: Prompt, *, cancelled: Callable[[], bool] | None = None) -> Step:
-        """Consume a prompt in chunks; logits of its last row."""
+        """Consume a prompt in chunks, or whole; logits of its last row."""
         num_rows = len(prompt.embeds)
-        calls = self._schedule.calls("prefill", num_rows, every=False)
+        calls = self._schedule.prompt(num_rows, len(prompt.picture_rows))
         self._check_room(calls)
         for group in self._groups:
             for block in group.blocks:
@@ -115,8 +115,17 @@ class StepDecoder:
         end = self._length + num_rows
         self._positions[self._length : end] = np.asarray(prompt.positions).T.reshape(num_rows, -1)
         self._count_on(end, prompt.next_position)
+        rows = CallRows(
+            embeds=prompt.embeds,
+            positions=self._positions[self._length : end],
+            length=self._length,
+            wanted=(num_rows - 1,),
+            values=prompt.values,
+            picture_rows=prompt.picture_rows,
+            row_weights=prompt.row_weights,
+        )
         try:
-            return self._consume(calls, prompt.embeds, (num_rows - 1,), prompt.values, cancelled)
+            return self._consume(calls, rows, cancelled)
         finally:
             if self._length < end:  # cancelled or failed on the way
                 self._count_on(self._length, self._positions[self._length])
@@ -134,8 +143,15 @@ class StepDecoder:
         phase = "verify" if num_rows > 1 else "decode"
         calls = self._schedule.calls(phase, num_rows, every=len(wanted) > 1)
         self._check_room(calls)
-        embeds = self._table.row(tokens[0]) if num_rows == 1 else self._table.rows(tokens)
-        return self._consume(calls, embeds, wanted, values or {})
+        length = self._length
+        rows_here = CallRows(
+            embeds=self._table.row(tokens[0]) if num_rows == 1 else self._table.rows(tokens),
+            positions=self._positions[length : length + num_rows],
+            length=length,
+            wanted=wanted,
+            values=values or {},
+        )
+        return self._consume(calls, rows_here)
 
     def rewind(self, length: int) -> None:
         """Forget all rows from `length` on."""
@@ -166,24 +182,25 @@ class StepDecoder:
         )
 
     def _consume(
-        self,
-        calls: Calls,
-        embeds: Array,
-        wanted: tuple[int, ...],
-        values: Mapping[str, Array],
-        cancelled: Callable[[], bool] | None = None,
+        self, calls: Calls, rows: CallRows, cancelled: Callable[[], bool] | None = None
     ) -> Step:
-        """Run rows [T, W], which fit, in the calls that were planned for them."""
+        """Run rows, which fit, in the calls that were planned for them."""
         if len(calls.chunks) == 1:
-            return self._run(calls.chunks[0][0], embeds, wanted, values)
+            return self._run(calls.chunks[0][0], rows)
         begin, steps = 0, []
         for step, size in calls.chunks:
             if begin and cancelled is not None and cancelled():
                 raise Cancelled
             end = begin + size
-            here = tuple([row - begin for row in wanted if begin <= row < end])
-            values_here = step.values_of_rows(values, begin, end, calls.num_rows)
-            result = self._run(step, embeds[begin:end], here or (size - 1,), values_here)
+            here = tuple([row - begin for row in rows.wanted if begin <= row < end])
+            chunk = CallRows(
+                embeds=rows.embeds[begin:end],
+                positions=rows.positions[begin:end],
+                length=rows.length + begin,
+                wanted=here or (size - 1,),
+                values=step.values_of_rows(rows.values, begin, end, calls.num_rows),
+            )
+            result = self._run(step, chunk)
             # The arrays of a step hold until the next call only.
             logits = result.logits[: len(here)].copy()
             extras = {name: array.copy() for name, array in result.extras.items()}
@@ -199,36 +216,29 @@ class StepDecoder:
             },
         )
 
-    def _run(
-        self,
-        step: StepGraph,
-        embeds: Array,
-        wanted: tuple[int, ...],
-        values: Mapping[str, Array],
-    ) -> Step:
+    def _run(self, step: StepGraph, rows: CallRows) -> Step:
         """One call of a graph, committed."""
-        length, num_valid = self._length, len(embeds)
-        positions = self._positions[length : length + num_valid]
-        rows = CallRows(embeds=embeds, positions=positions, wanted=wanted, values=values)
+        num_valid = len(rows.embeds)
         bound = self._bind(step, rows)
         result = bound.run(rows)
-        for group, written in zip(self._groups, bound.written, strict=True):
-            dropped = step.graph.dropped.get(group.name, 0)
-            group.commit(written, length, num_valid, dropped)
-        self._length = length + num_valid
+        for group, written, dropped in zip(self._groups, bound.written, bound.dropped, strict=True):
+            group.commit(written, rows.length, num_valid, dropped)
+        self._length = rows.length + num_valid
         return result
 
     def _bind(self, step: StepGraph, rows: CallRows) -> BoundStep:
         """The arrays of a call of this size, kept where it will come again."""
         num_rows = step.graph.rows or len(rows.embeds)
         num_logits = step.num_logits(num_rows, len(rows.wanted))
+        num_pictures = 0 if step.pictures is None else len(rows.picture_rows)
         # Recurrent state takes turns between two copies, which are bound separately.
         turn = self._recurrent[0].turn if self._recurrent else 0
         shapes = tuple([(name, value.shape) for name, value in rows.values.items()])
-        key = (step.graph.name, num_rows, num_logits, turn, shapes)
+        key = (step.graph.name, num_rows, num_logits, num_pictures, turn, shapes)
         bound = self._bound.get(key)
         if bound is None:
-            bound = BoundStep(step, num_rows, num_logits, self._groups, self._rotary, rows.values)
+            sizes = Sizes(rows=num_rows, logits=num_logits, pictures=num_pictures)
+            bound = BoundStep(step, sizes, self._groups, self._rotary, rows.values)
             if step.graph.rows or num_rows <= KEPT_ROWS:
                 self._bound[key] = bound
         return bound

@@ -1,12 +1,12 @@
 """Inputs of a step graph, by their source: for each the array to bind, and how a call fills it.
 
-A feed is made once per number of rows; what it writes at every call is as little as can be: one
+A feed is made once per size of a call; what it writes at every call is as little as can be: one
 row of the embedding, two numbers of a length, the mask columns that have opened since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,15 +22,19 @@ from edgevlm_runtime.rotary import RotaryTable
 
 @dataclass(kw_only=True, slots=True)
 class CallRows:
-    """What one call consumes: `embeds` [n, W] and `positions` float64 [n, axes].
+    """What one call consumes after `length` rows: `embeds` [n, W], `positions` float64 [n, axes].
 
     `wanted` are the rows that logits are wanted for, `values` the named outputs of other graphs.
+    `picture_rows` [P] and `row_weights` [n] by kind are those of a prompt that is consumed whole.
     """
 
     embeds: Array
     positions: Array
+    length: int
     wanted: tuple[int, ...]
     values: Mapping[str, Array] = field(default_factory=dict)
+    picture_rows: Sequence[int] | Array = ()
+    row_weights: Mapping[str, Array] = field(default_factory=dict)
 
 
 Fill = Callable[[CallRows], None]
@@ -58,6 +62,19 @@ def rope_feed(cos: Array, sin: Array, table: RotaryTable) -> Fill:
     return fill
 
 
+def packed_rope_feed(
+    cos: Array, sin: Array, table: RotaryTable, group: Group, dropped: int
+) -> Fill:
+    """The same for a group whose rows stand without gaps; it gets n rows less those dropped."""
+
+    def fill(call: CallRows) -> None:
+        kept = call.positions[: len(call.positions) - dropped]
+        dropped_before = call.length - group.used
+        table.fill(kept - dropped_before, cos, sin)
+
+    return fill
+
+
 def slots_feed(array: Array, group: Group, offset: int) -> Fill:
     """The used slots of a group plus an offset, in every element."""
 
@@ -73,6 +90,40 @@ def row_valid_feed(array: Array) -> Fill:
     def fill(call: CallRows) -> None:
         array[0, : len(call.embeds)] = 1
         array[0, len(call.embeds) :] = 0
+
+    return fill
+
+
+def last_row_feed(array: Array) -> Fill:
+    """[1]: the last valid row."""
+
+    def fill(call: CallRows) -> None:
+        array.fill(len(call.embeds) - 1)
+
+    return fill
+
+
+def picture_rows_feed(array: Array) -> Fill:
+    """[P]: the first row of every picture group."""
+
+    def fill(call: CallRows) -> None:
+        array[:] = call.picture_rows
+
+    return fill
+
+
+def row_weights_feed(array: Array, kind: str, graph: GraphSpec) -> Fill:
+    """[1, T]: the weights of a kind, zero for padding."""
+
+    def fill(call: CallRows) -> None:
+        if kind not in call.row_weights:
+            raise EngineError(
+                f"graph {graph.name!r} wants the row weights {kind!r}, which the prompt lacks",
+                hint="pass them with the prompt, as row_weights={...}",
+            )
+        num_valid = len(call.embeds)
+        array[0, :num_valid] = call.row_weights[kind]
+        array[0, num_valid:] = 0
 
     return fill
 

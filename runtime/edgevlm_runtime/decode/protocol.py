@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from edgevlm_runtime.engine import Array
 
 # T rows of this call, R rows that logits are wanted for, W width, V vocabulary
@@ -22,12 +24,17 @@ class Prompt:
 
     `next_position` is one number, or three, for the first row after the prompt. `values` are named
     outputs of graphs that ran before, for step graphs with inputs of source `output:NAME`.
+    `picture_rows` int64 [P] says where each picture group begins: the visual tokens of one call of
+    the vision graph, in consecutive rows. `row_weights` float32 [T], by kind, are for step graphs
+    that ask for them.
     """
 
     embeds: Array
     positions: Array
     next_position: float | Sequence[float]
     values: Mapping[str, Array] = field(default_factory=dict)
+    picture_rows: Array = field(default_factory=lambda: np.empty(0, np.int64))
+    row_weights: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +71,8 @@ class Decoder(Protocol):
         """Consume a prompt in chunks; logits [1, V] of its last row.
 
         `cancelled` is asked between chunks; `Cancelled` is raised where it says yes, and `length`
-        then tells what was consumed. Raises InputError where the prompt does not fit, before any
-        row is consumed.
+        then tells what was consumed. A graph of the phase `picture` reads its prompt in one chunk.
+        Raises InputError where the prompt does not fit, before any row is consumed.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +23,16 @@ LOGITS = "logits"
 KEPT_ROWS = 16
 Shape = tuple[int | str, ...]
 
-# T rows of a call, n of them valid, R rows of logits
+# T rows of a call, n of them valid, R rows of logits, P picture groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """T, R and P of a call."""
+
+    rows: int
+    logits: int
+    pictures: int
 
 
 class StepGraph:
@@ -31,9 +41,10 @@ class StepGraph:
     def __init__(
         self, bundle: Bundle, engines: Engines, graph: GraphSpec, state_outputs: Collection[str]
     ) -> None:
-        """Find the dimensions that are T and R, and the extras: outputs that are none of these.
+        """Find the dimensions that are T, R and P, and the extras: outputs that are none of these.
 
-        `extras` says of each name whether it has one entry for each row of a call.
+        `extras` says of each name whether it has one entry for each row of a call. `pictures` is P,
+        a number where a call takes as many, None where the graph does not ask where they begin.
         """
         self.bundle, self.graph, self._engines = bundle, graph, engines
         inputs = {tensor.source.partition(":")[0]: tensor for tensor in graph.inputs}
@@ -46,6 +57,7 @@ class StepGraph:
         self._rows = inputs["embeds"].shape[1]
         self._logit_rows = inputs["logit_rows"].shape[0] if "logit_rows" in inputs else self._rows
         self.picks_logits = "logit_rows" in inputs
+        self.pictures = inputs["picture_rows"].shape[0] if "picture_rows" in inputs else None
         self.extras = {
             tensor.name: self._is_per_row(tensor.shape)
             for tensor in graph.outputs
@@ -73,6 +85,16 @@ class StepGraph:
             return min(self._logit_rows, self.max_rows)
         return self.max_rows
 
+    def takes(self, num_rows: int, num_pictures: int) -> bool:
+        """Whether these rows and picture groups go into one call."""
+        fits = self.max_rows is None or num_rows <= self.max_rows
+        return fits and (not isinstance(self.pictures, int) or num_pictures == self.pictures)
+
+    def dropped(self, group: str, num_pictures: int) -> int:
+        """How many rows of a call never reach a state group."""
+        dropped = self.graph.dropped.get(group, 0)
+        return dropped if self.pictures is None else dropped * num_pictures
+
     def num_logits(self, num_rows: int, num_wanted: int) -> int:
         """R of a call of T rows."""
         if isinstance(self._logit_rows, int):
@@ -90,9 +112,13 @@ class StepGraph:
             for name, value in values.items()
         }
 
-    def sized(self, shape: Shape, num_rows: int, num_logits: int) -> tuple[int, ...] | None:
+    def sized(self, shape: Shape, sizes: Sizes) -> tuple[int, ...] | None:
         """The shape in a call, None where it is only known after it."""
-        names = {self._rows: num_rows, self._logit_rows: num_logits}
+        names: dict[int | str | None, int] = {
+            self._rows: sizes.rows,
+            self._logit_rows: sizes.logits,
+            self.pictures: sizes.pictures,
+        }
         if not all(isinstance(dim, int) or dim in names for dim in shape):
             return None
         return tuple(dim if isinstance(dim, int) else names[dim] for dim in shape)
@@ -103,33 +129,31 @@ class StepGraph:
 
 
 class BoundStep:
-    """A call of a step graph with T rows and R rows of logits, its arrays bound to a decoder's."""
+    """A call of a step graph of some sizes, its arrays bound to a decoder's."""
 
     def __init__(
         self,
         step: StepGraph,
-        num_rows: int,
-        num_logits: int,
+        sizes: Sizes,
         groups: Sequence[Group],
         rotary: RotaryTable | None,
         values: Mapping[str, Array],
     ) -> None:
         """Make the arrays, and the list of what fills them."""
-        self._step, self._num_rows, self._num_logits = step, num_rows, num_logits
+        self._step, self._sizes = step, sizes
         self._groups = {group.name: group for group in groups}
         self._rotary = rotary
         self._fills: list[Fill] = []
+        # One number per group: the rows of a call that never reach it.
+        self.dropped = [step.dropped(group.name, sizes.pictures) for group in groups]
         # One list per group, one array per block: what the graph writes of its state.
         self.written = [
-            [
-                block.writes(num_rows - step.graph.dropped.get(group.name, 0))
-                for block in group.blocks
-            ]
-            for group in groups
+            [block.writes(sizes.rows - dropped) for block in group.blocks]
+            for group, dropped in zip(groups, self.dropped, strict=True)
         ]
         self._state_inputs, state_outputs = _state_arrays(groups, self.written)
         inputs = {tensor.name: self._input(tensor, values) for tensor in step.graph.inputs}
-        self._rope_feed(inputs)
+        self._rope_feeds(inputs)
         outputs = {
             tensor.name: self._output(tensor, state_outputs.get(tensor.name))
             for tensor in step.graph.outputs
@@ -164,7 +188,7 @@ class BoundStep:
 
     def _output(self, tensor: TensorSpec, state: Array | None) -> Array | None:
         """The array of an output: of the state, or a new one, or None where its size is unknown."""
-        shape = self._step.sized(tensor.shape, self._num_rows, self._num_logits)
+        shape = self._step.sized(tensor.shape, self._sizes)
         if state is None:
             return None if shape is None else np.zeros(shape, tensor.dtype)
         if shape not in (None, state.shape) or carrier(tensor.dtype) != state.dtype:
@@ -183,7 +207,7 @@ class BoundStep:
             return self._state_inputs[name]
         if kind == "constant":
             return np.array(read_array(self._step.bundle, name), tensor.dtype)
-        shape = self._step.sized(tensor.shape, self._num_rows, self._num_logits)
+        shape = self._step.sized(tensor.shape, self._sizes)
         if kind == "output":
             if name not in values:
                 raise EngineError(
@@ -207,6 +231,12 @@ class BoundStep:
         graph = self._step.graph
         if kind == "embeds":
             return feeds.embeds_feed(array)
+        if kind == "last_row":
+            return feeds.last_row_feed(array)
+        if kind == "picture_rows":
+            return feeds.picture_rows_feed(array)
+        if kind == "row_weights":
+            return feeds.row_weights_feed(array, name, graph)
         if kind == "logit_rows":
             return feeds.logit_rows_feed(array)
         if kind == "row_valid":
@@ -217,7 +247,7 @@ class BoundStep:
             return None
         if kind in ("last_slot", "total", "used", "mask"):
             group = self._groups[name]
-            num_rows = self._num_rows - graph.dropped.get(name, 0)
+            num_rows = self._sizes.rows - self._step.dropped(name, self._sizes.pictures)
             if kind == "mask":
                 feed = feeds.window_mask_feed if group.windowed else feeds.mask_feed
                 return feed(array, group, graph.mask_value)
@@ -228,21 +258,26 @@ class BoundStep:
             hint="only graphs that run before the decoder take it; compile the bundle again",
         )
 
-    def _rope_feed(self, inputs: Mapping[str, Array]) -> None:
-        """Fill the two rotary tables together."""
-        tables = {
-            tensor.source: inputs[tensor.name]
-            for tensor in self._step.graph.inputs
-            if tensor.source in ("rope_cos", "rope_sin")
-        }
-        if tables:
-            if len(tables) < 2 or self._rotary is None:
+    def _rope_feeds(self, inputs: Mapping[str, Array]) -> None:
+        """Fill the two rotary tables of all positions together, and those of each packed group."""
+        tables: dict[str, dict[str, Array]] = {}
+        for tensor in self._step.graph.inputs:
+            kind, _, name = tensor.source.partition(":")
+            if kind in ("rope_cos", "rope_sin"):
+                tables.setdefault(name, {})[tensor.source] = inputs[tensor.name]
+        for name, pair in tables.items():
+            if len(pair) < 2 or self._rotary is None:
                 raise BundleError(
-                    f"step graph {self._step.graph.name!r} wants {' and '.join(sorted(tables))}, "
+                    f"step graph {self._step.graph.name!r} wants {' and '.join(sorted(pair))}, "
                     "which take a rope in the manifest and each other",
                     hint="compile the bundle again",
                 )
-            feed = feeds.rope_feed(tables["rope_cos"], tables["rope_sin"], self._rotary)
+            cos, sin = (pair[source] for source in sorted(pair))
+            feed = feeds.rope_feed(cos, sin, self._rotary)
+            if name:
+                group = self._groups[name]
+                dropped = self._step.dropped(name, self._sizes.pictures)
+                feed = feeds.packed_rope_feed(cos, sin, self._rotary, group, dropped)
             self._fills.append(feed)
 
 

@@ -6,6 +6,7 @@ checkpoint's processor files, and is all that the runtime knows about preprocess
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, get_type_hints
@@ -111,6 +112,11 @@ class ImageSpec:
     `rescale`, `mean` and `std` are applied in that order in float32 (the product in float64), each
     left out where it is None. `tokens` is the number of visual tokens that one call of the vision
     graph gives: one number for fixed and tiled pictures, one per grid for native ones.
+
+    `offsets` and `spans`, where they are given, have as many entries. Of visual tokens of which the
+    first row begins at position p, token i stands at p + offsets[i], a number for each axis of the
+    rotary embedding, and what follows begins at p + span; without them as the positions of
+    `TextSpec` say.
     """
 
     geometry: Geometry
@@ -120,6 +126,8 @@ class ImageSpec:
     std: tuple[float, float, float] | None
     tokens: tuple[int, ...]
     rules: ConversionRules = field(default_factory=ConversionRules)
+    offsets: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    spans: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest; `geometry` carries its kind."""
@@ -141,7 +149,8 @@ class ImageSpec:
             else:
                 values[name] = structure.from_json(kinds[name], value, place)
         for known in fields(cls):
-            if known.name not in values and known.default_factory is MISSING:
+            required = known.default is MISSING and known.default_factory is MISSING
+            if required and known.name not in values:
                 raise BundleError(f"{_PLACE}: missing key {known.name!r}", hint=_RECOMPILE)
         spec = cls(**values)
         _check(spec)
@@ -154,13 +163,16 @@ class ImageLayout:
 
     `tokens` counts them per call of the vision graph, in order. `tiles` (rows, columns) is (0, 0)
     where the picture was not cut. `grid` is the patch grid (height, width) of a native picture,
-    which names the vision graph to run; `token_grid` is the same after merging.
+    which names the vision graph to run; `token_grid` is the same after merging. `offsets` and
+    `span` are those of `ImageSpec` for the tokens of each call.
     """
 
     tokens: tuple[int, ...]
     tiles: tuple[int, int] = (0, 0)
     grid: tuple[int, int] | None = None
     token_grid: tuple[int, int] | None = None
+    offsets: tuple[tuple[float, ...], ...] | None = None
+    span: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -219,6 +231,7 @@ def _problems(spec: ImageSpec) -> Iterator[tuple[str, str]]:
         yield "std", f"{spec.std} does not go with mean {spec.mean}"
     if len(spec.tokens) != num_tokens or min(spec.tokens) < 1:
         yield "tokens", f"expected {num_tokens} positive numbers, got {list(spec.tokens)}"
+    yield from _problems_of_positions(spec)
     if not all(0 <= value <= 255 for value in rules.background):
         yield "rules.background", f"{list(rules.background)} is not a colour"
     if min(rules.sixteen_bit_divisor, rules.max_pixels, rules.max_bytes) < 1:
@@ -226,3 +239,20 @@ def _problems(spec: ImageSpec) -> Iterator[tuple[str, str]]:
     if not rules.formats or set(rules.formats) - set(FORMATS):
         known = ", ".join(repr(name) for name in FORMATS)
         yield "rules.formats", f"expected some of {known}, got {list(rules.formats)}"
+
+
+def _problems_of_positions(spec: ImageSpec) -> Iterator[tuple[str, str]]:
+    if spec.offsets is not None:
+        counts = [len(offsets) for offsets in spec.offsets]
+        axes = {len(row) for offsets in spec.offsets for row in offsets}
+        if counts != list(spec.tokens):
+            yield "offsets", f"expected a row for each of {list(spec.tokens)} tokens, got {counts}"
+        if len(axes) > 1 or 0 in axes:
+            yield "offsets", f"expected rows of one length, got {sorted(axes)}"
+        numbers = [number for offsets in spec.offsets for row in offsets for number in row]
+        if not all(map(math.isfinite, numbers)):
+            yield "offsets", "a number is not finite"
+    if spec.spans is not None and (
+        len(spec.spans) != len(spec.tokens) or not all(0 < span < math.inf for span in spec.spans)
+    ):
+        yield "spans", f"expected {len(spec.tokens)} positive numbers, got {list(spec.spans)}"
