@@ -110,14 +110,14 @@ class Bench:
 
     def logits(self, model: Vlm) -> list[NDArray[np.float32]]:
         """Logits along the right answers, of the float encoder's pictures in the model's rows."""
-        return logits_along(model, self.asked, project_features(model, self.features))
+        return logits_along(model, self.asked, project_features(model, self.asked, self.features))
 
     def losses(self, before: Sequence[Pass], rounding: Mapping[str, Any]) -> Losses:
         """What a copy of the model loses that is prepared and rounded so."""
         model = copy.deepcopy(self.model)
         model.tie()
         context = Context(
-            device=load_device("host-cpu"), targets=("ort",), calibration=lambda: self.calibration
+            device=load_device("host-cpu"), targets=("ort",), calibration=lambda _: self.calibration
         )
         quantize = Quantize.model_validate({"decoder": {**GRID, **rounding}})
         for step in (*before, quantize):

@@ -39,6 +39,7 @@ from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Vlm
 from edgevlm.passes.base import Applied, Context
 from edgevlm.passes.quantize import Quantize, scheme_from
+from edgevlm.passes.reduce import Reduce
 from edgevlm.passes.stages import chain, run_stages
 from edgevlm.plan import Plan, VariantPlan, image_choices, make_plan, recipe_device
 from edgevlm.progress import Progress, Silent
@@ -93,7 +94,7 @@ class Job:
             targets=tuple(variant.target for variant in self.plan.variants),
             seed=recipe.seed,
             probe=probe,
-            calibration=lambda: self.asked.calibration(),
+            calibration=lambda spec: self._asked(spec).calibration(),
             samples_key=self.asked.calibration_key(),
             progress=progress,
         )
@@ -158,11 +159,11 @@ class Job:
     def _site_evidence(self, exam: Exam, reference: Sequence[Witness]) -> dict[str, Any]:
         """The noise and the harm of every quantized site; holds the model twice, before and after.
 
-        The float one is ours after its lossless passes.
+        The float one is the last before anything was rounded.
         """
         quantized = self.model()
         self._passed = None
-        float_model = self.model(self._forms()[0].count)
+        float_model = self.model(self._float_form.count)
         found = site_evidence(float_model, quantized, exam, reference, self.progress)
         del float_model, quantized
         self.release()
@@ -266,42 +267,64 @@ class Job:
             spec=self._spec,
             model=self.model,
             release=self.release,
-            forms=self._forms(),
+            forms=self.forms,
         )
 
-    def _forms(self) -> tuple[Form, ...]:
+    @cached_property
+    def forms(self) -> tuple[Form, ...]:
         """The models that are measured: ours before anything is lost, then after each loss."""
         steps = self.recipe.passes
         lossy = [count for count, step in enumerate(steps) if not step.lossless]
         counts = [*lossy, len(steps)]
-        forms = [Form(name="ours", count=counts[0], key=self.key_after(counts[0]))]
+        forms = [self._form("ours", counts[0])]
         for place, count in enumerate(lossy):
-            end = counts[place + 1]
             name = steps[count].name
             same = sum(form.name.startswith(name) for form in forms)
-            name = f"{name}_{same + 1}" if same else name
-            forms.append(Form(name=name, count=end, key=self.key_after(end)))
+            form = self._form(f"{name}_{same + 1}" if same else name, counts[place + 1])
+            kind = "reduced" if isinstance(steps[count], Reduce) else "quantized"
+            forms.append(replace(form, kind=kind))
         return tuple(forms)
 
-    @cached_property
-    def asked(self) -> Asked:
-        """What every rung is asked, and what passes are calibrated on."""
+    @property
+    def _float_form(self) -> Form:
+        """The last model before anything was rounded."""
+        return [form for form in self.forms if form.kind != "quantized"][-1]
+
+    def _form(self, name: str, count: int) -> Form:
+        """The model after so many passes, with the exam that asks it."""
+        exam = self._asked(self.spec_after(count)).exam()
+        return Form(name=name, count=count, key=self.key_after(count), exam=exam)
+
+    def spec_after(self, count: int) -> VlmSpec:
+        """The spec after so many of the passes, as far as it is known without weights."""
+        spec = self._spec
+        for step in self.recipe.passes[:count]:
+            spec = step.foresee(spec, self.context).spec
+        return spec
+
+    def _asked(self, spec: VlmSpec) -> Asked:
         return Asked(
             recipe=self.recipe,
-            spec=self._spec,
+            spec=spec,
             tokenizer=self._tokenizer,
             capacity=self.plan.tokens.capacity,
             is_drawn=self.checkpoint.seed is not None,
         )
 
+    @cached_property
+    def asked(self) -> Asked:
+        """What our model is asked before any pass."""
+        return self._asked(self._spec)
+
     def climb(self) -> Climb:
         """What is asked of every rung, and the bounds it is held to."""
         bounds = limits(
             self.recipe.evidence,
+            reduced=self.plan.spec.reduction is not None,
             quantized=self.plan.spec.is_quantized,
             drawn=self.asked.is_drawn,
         )
-        exam = self.asked.exam()
+        exam = self._float_form.exam
         return Climb(exam=exam, bounds=bounds, cache=self.cache, progress=self.progress)
 
     def _provenance(self, changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -330,8 +353,8 @@ class Job:
             ),
             variants=variants,
             default_variant=self.plan.variants[0].target,
-            image=self._spec.image,
-            text=self._spec.text,
+            image=self.plan.spec.image,
+            text=self.plan.spec.text,
             generation=replace(self._spec.generation, **options),
             files=files,
             provenance=provenance,

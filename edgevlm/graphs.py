@@ -70,7 +70,7 @@ def module_of(model: Vlm, variant: VariantPlan, planned: PlannedGraph) -> ModelG
     if planned.form == "inplace":
         return inplace_step(model, capacity, planned.phases)
     assert planned.rows is not None, "a static step has a number of rows"
-    return delta_step(model, capacity, planned.rows, planned.phases)
+    return delta_step(model, capacity, planned.rows, planned.phases, planned.num_images)
 
 
 def graph_file(variant: VariantPlan, planned: PlannedGraph) -> str:
@@ -99,6 +99,7 @@ def manifest_variant(plan: Plan, variant: VariantPlan) -> Variant:
                     max_rows=planned.max_rows,
                     mask=planned.mask,
                     grid=planned.grid if len(plan.spec.vision.grids) > 1 else None,
+                    dropped=planned.dropped,
                 )
                 for planned in variant.graphs
             ),

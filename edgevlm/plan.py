@@ -6,8 +6,8 @@ compiler carries out: `edgevlm plan` shows the same object.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from edgevlm.checkpoint import open_checkpoint
 from edgevlm.decisions import Decision
@@ -15,11 +15,11 @@ from edgevlm.device import Device, load_device
 from edgevlm.document import suggest
 from edgevlm.families.image_spec import ImageChoices
 from edgevlm.model.plans import (
+    PICTURE,
     delta_plan,
-    delta_state,
     inplace_plan,
-    inplace_state,
     step_name,
+    step_states,
     vision_plan,
 )
 from edgevlm.model.spec import VlmSpec
@@ -36,11 +36,11 @@ from edgevlm.sizes import (
     vision_activations,
     weight_bytes,
 )
-from edgevlm.solve import Settled, choose_targets, settle
+from edgevlm.solve import Settled, choose_targets, round_up, settle
 from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
 from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
-from edgevlm_runtime.manifest import DTYPE_BYTES, StateGroup
+from edgevlm_runtime.manifest import StateGroup
 
 __all__ = [
     "MemoryPlan",
@@ -59,6 +59,9 @@ DECODE_ROWS = 8
 ENCODER = ("vision", "projector")
 # A generation can be cancelled between two chunks of its prompt, so a chunk is bounded.
 PREFILL_ROWS = 512
+# A prompt with pictures comes in one call where some are taken away on the way: this much text.
+PICTURE_TEXT_ROWS = 96
+ROW_STEP = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +70,9 @@ class PlannedGraph:
 
     `form` is `vision`, `inplace` or `delta`; `rows` is the number of rows of a static step,
     `max_rows` the most that a dynamic one takes; `grid` is the patch grid of a vision graph, and
-    `num_images` how many pictures it takes, None for any number.
+    `num_images` how many pictures it takes, or its prompts have, None for any number. `dropped`
+    says for a state group
+    how many rows of each picture never reach it.
     """
 
     role: str
@@ -79,6 +84,7 @@ class PlannedGraph:
     max_rows: int | None = None
     grid: tuple[int, int] | None = None
     num_images: int | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -236,44 +242,89 @@ def _variant(target: str, spec: VlmSpec, settled: Settled) -> VariantPlan:
         )
         for grid in spec.vision.grids
     ]
+    state = step_states(spec, capacity, form.state)
     if form.state == "inplace":
-        state = inplace_state(spec, capacity)
-        served = (("prefill",), ("decode", "verify")) if spec.has_prefill else (ALL_PHASES,)
-        steps = [
-            PlannedGraph(
-                role="step",
-                form="inplace",
-                phases=phases,
-                max_rows=min(capacity, PREFILL_ROWS),
-                signature=inplace_plan(spec, capacity, step_name(phases)),
-            )
-            for phases in served
-        ]
+        steps = _inplace_steps(spec, capacity)
     else:
-        state = delta_state(spec, capacity)
-        steps = [
-            PlannedGraph(
-                role="step",
-                form="delta",
-                phases=("decode", "verify") if rows <= DECODE_ROWS else ("prefill",),
-                mask="additive",
-                rows=rows,
-                signature=delta_plan(spec, capacity, rows),
-            )
-            for rows in settled.rows[target]
-        ]
+        steps = _delta_steps(spec, capacity, settled.rows[target])
     return VariantPlan(
         target=target,
         graphs=(*vision, *steps),
-        state=(state,),
+        state=state,
         memory=_memory(spec, settled, state, len(vision), steps),
     )
+
+
+def _inplace_steps(spec: VlmSpec, capacity: int) -> list[PlannedGraph]:
+    """The step graphs that extend their caches, by the phases they serve."""
+    served = (("prefill",), ("decode", "verify")) if spec.has_prefill else (ALL_PHASES,)
+    steps = [
+        PlannedGraph(
+            role="step",
+            form="inplace",
+            phases=phases,
+            max_rows=min(capacity, PREFILL_ROWS),
+            signature=inplace_plan(spec, capacity, step_name(phases)),
+        )
+        for phases in served
+    ]
+    if _dropped(spec):
+        steps.append(
+            PlannedGraph(
+                role="step",
+                form="inplace",
+                phases=(PICTURE,),
+                max_rows=capacity,
+                signature=inplace_plan(spec, capacity, step_name((PICTURE,)), pictures=True),
+                dropped=_dropped(spec),
+            )
+        )
+    return steps
+
+
+def _delta_steps(spec: VlmSpec, capacity: int, counts: Sequence[int]) -> list[PlannedGraph]:
+    """The step graphs of fixed numbers of rows."""
+    steps = [
+        PlannedGraph(
+            role="step",
+            form="delta",
+            phases=("decode", "verify") if rows <= DECODE_ROWS else ("prefill",),
+            mask="additive",
+            rows=rows,
+            signature=delta_plan(spec, capacity, rows),
+        )
+        for rows in counts
+    ]
+    if dropped := _dropped(spec):
+        assert spec.reduction is not None
+        for pictures in range(1, spec.reduction.pictures + 1):
+            wanted = pictures * spec.segments[0].tokens + PICTURE_TEXT_ROWS
+            rows = min(capacity, round_up(wanted, ROW_STEP))
+            steps.append(
+                PlannedGraph(
+                    role="step",
+                    form="delta",
+                    phases=(PICTURE,),
+                    mask="additive",
+                    rows=rows,
+                    num_images=pictures,
+                    signature=delta_plan(spec, capacity, rows, pictures=pictures),
+                    dropped=dropped,
+                )
+            )
+    return steps
+
+
+def _dropped(spec: VlmSpec) -> dict[str, int]:
+    """Rows of a picture that never reach a state group; empty where all layers see all."""
+    first, *deep = spec.segments
+    return {segment.group: first.tokens - segment.tokens for segment in deep}
 
 
 def _memory(
     spec: VlmSpec,
     settled: Settled,
-    state: StateGroup,
+    state: Sequence[StateGroup],
     num_visions: int,
     steps: list[PlannedGraph],
 ) -> MemoryPlan:
@@ -292,7 +343,7 @@ def _memory(
         weights=encoder + sum(layers.values()) + norms + (0 if shared else head),
         packed=encoder * num_visions + packed + (norms + head) * len(steps),
         embedding=table_bytes(spec),
-        state=sum(math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for tensor in state.tensors),
+        state=sum(group.nbytes for group in state),
         activations=size
         * max(
             decoder_activations(spec, rows, settled.capacity),
@@ -303,7 +354,7 @@ def _memory(
 
 def _is_prompt(step: PlannedGraph) -> bool:
     """Whether a step graph serves prompts alone."""
-    return step.phases == ("prefill",)
+    return step.phases in (("prefill",), (PICTURE,))
 
 
 def _other_bytes(spec: VlmSpec, part: str) -> int:

@@ -40,6 +40,7 @@ __all__ = [
     "ImageOptions",
     "LossyGates",
     "Recipe",
+    "ReducedGates",
     "json_schema",
     "load_recipe",
     "parse_recipe",
@@ -113,6 +114,12 @@ class LossyGates(Options):
     argmax_agreement: float = Field(0.9, gt=0, le=1, description="Equal argmax, at least.")
 
 
+class ReducedGates(Options):
+    """Bounds of a rung that sees fewer visual tokens than the one below it."""
+
+    accuracy_drop: float = Field(0.05, ge=0, le=1, description="Loss of task accuracy, at most.")
+
+
 class EvidenceOptions(Options):
     """What is measured before a bundle is written, and what it must pass."""
 
@@ -126,6 +133,7 @@ class EvidenceOptions(Options):
     max_new_tokens: int = Field(32, ge=1, description="Greedy tokens per sample.")
     gates: Gates = Gates()
     quantized: LossyGates = LossyGates()
+    reduced: ReducedGates = ReducedGates()
     reason: str | None = Field(
         None, min_length=1, description="Why a gate is looser than usual; the manifest repeats it."
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from edgevlm.evidence.fed import Visual, arrays_of, asking_of, inputs_along, pixels_of, visual_of
 from edgevlm.evidence.witness import Question, Witness
+from edgevlm.model.stages import Seen
 from edgevlm.model.vision import grid_tables
 from edgevlm.model.vlm import Vlm
+from edgevlm.reduce.seq import replaced
+
+Arrays = tuple[NDArray[np.float32], ...]
 
 
 @torch.inference_mode()
@@ -25,21 +28,26 @@ def eager_witness(
     end_tokens: frozenset[int],
     max_new_tokens: int,
     lossy: bool = False,
+    reduces: bool = False,
     generates: bool = True,
 ) -> Witness:
     """Answer a question with our eager model, in at most so many tokens.
 
     The decoder runs over the prompt with the parent's visual tokens and over the parent's answer,
     so its logits [len(answer), V] belong to the same rows as the parent's. A `lossy` form answers
-    from its own visual tokens, as what is made of it will. Where the best token of every row is the
-    parent's, that *is* our greedy answer; else the answer is generated, or where it is not to be,
-    ends with the first token that differs.
+    from its own visual tokens, as what is made of it will; one that `reduces` has fewer of them
+    than its parent, whose it does not see. Where the best token of every row is the parent's, that
+    *is* our greedy answer; else the answer is generated, or where it is not to be, ends with the
+    first token that differs.
     """
-    vision, projector, chained = _pictures(model, question, parent)
-    logits_RV = _along(model, question, parent.projector, parent.answer)
-    fed, free_RV = parent.projector, logits_RV
-    if lossy and not all(map(np.array_equal, chained, parent.projector)):
-        fed, free_RV = chained, _along(model, question, chained, parent.answer)
+    vision, projector, own = _pictures(model, question, parent, reduces=reduces)
+    chained = arrays_of(own)
+    theirs = parent.projector, parent.offsets
+    given = own if reduces or own is None else Visual.of(*theirs)
+    logits_RV = _along(model, question, given, parent.answer)
+    fed, free_RV = given, logits_RV
+    if lossy and given is not own and not all(map(np.array_equal, chained, parent.projector)):
+        fed, free_RV = own, _along(model, question, own, parent.answer)
     answer = parent.answer
     best = tuple(int(token) for token in free_RV.argmax(axis=1))
     if best != parent.answer and generates:
@@ -53,7 +61,8 @@ def eager_witness(
         answer=answer,
         logits=logits_RV,
         chained=chained,
-        fed=fed,
+        fed=arrays_of(fed),
+        offsets=() if fed is None else tuple(x.numpy() for x in fed.offsets),
         free=None if free_RV is logits_RV else free_RV,
     )
 
@@ -64,83 +73,55 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
     return next((index for index, (a, b) in pairs if a != b), len(ours))
 
 
-def positions(question: Question, num_answered: int) -> Tensor:
-    """Positions [T + A] or [3, T + A] of a prompt and the first A tokens of its answer."""
-    prompt = torch.from_numpy(question.prompt.positions)
-    start = question.prompt.next_position
-    answered = torch.arange(start, start + num_answered).expand(*prompt.shape[:-1], num_answered)
-    return torch.cat([prompt, answered], dim=-1)
-
-
-def pixels_of(feed: Mapping[str, NDArray[Any]]) -> Tensor:
-    """Pixels of one call: [1, C, H, W], or [1, P, values], which a feed has without its axis 0."""
-    pixels = torch.from_numpy(feed["pixels"])
-    return pixels if pixels.ndim == 4 else pixels[None]
-
-
 def _pictures(
-    model: Vlm, question: Question, parent: Witness
-) -> tuple[tuple[NDArray[np.float32], ...], ...]:
+    model: Vlm, question: Question, parent: Witness, *, reduces: bool
+) -> tuple[Arrays, Arrays, Visual | None]:
     """Features, visual tokens of the parent's features, and visual tokens of these."""
     vision: list[NDArray[np.float32]] = []
     projector: list[NDArray[np.float32]] = []
-    chained: list[NDArray[np.float32]] = []
+    chained = []
+    asking = asking_of(model, question)
     for image in question.images:
         grid = image.layout.grid or model.spec.vision.grids[0]
         tables = grid_tables(model.spec.vision, grid)
         for feed in image.feeds:
-            features = model.vision(pixels_of(feed), tables)
-            if parent.vision:
-                given = torch.from_numpy(parent.vision[len(vision)]).reshape(features.shape)
-            else:
-                given = features
+            seen = model.vision.see(pixels_of(feed), tables, grid)
+            chained.append((model.project(seen, grid, asking), grid))
+            if reduces:
+                continue
+            features = seen.tokens.features
             vision.append(features.flatten(0, -2).numpy())
-            projector.append(model.projector(given, grid).flatten(0, -2).numpy())
-            chained.append(model.projector(features, grid).flatten(0, -2).numpy())
-    return tuple(vision), tuple(projector), tuple(chained)
+            given = seen
+            if parent.vision:
+                theirs = torch.from_numpy(parent.vision[len(vision) - 1]).reshape(features.shape)
+                given = Seen(tokens=replaced(seen.tokens, theirs), probes=seen.probes)
+            projector.append(model.project(given, grid, asking).features.flatten(0, -2).numpy())
+    return tuple(vision), tuple(projector), visual_of(model, chained)
 
 
 def _along(
-    model: Vlm, question: Question, visual: Sequence[NDArray[np.float32]], answer: tuple[int, ...]
+    model: Vlm, question: Question, visual: Visual | None, answer: tuple[int, ...]
 ) -> NDArray[np.float32]:
     """Logits [len(answer), V] of the rows that choose an answer."""
-    rows, places = inputs_along(model, question, _tensor(visual), answer)
-    num_prompt = len(question.prompt.token_ids)
-    logits_RV: NDArray[np.float32] = model.answer(rows, places, num_prompt).numpy()
+    fed = inputs_along(model, question, visual, answer)
+    logits_RV: NDArray[np.float32] = model.answer(*fed).numpy()
     return logits_RV
-
-
-def inputs_along(
-    model: Vlm, question: Question, visual: Tensor | None, answer: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Rows [1, T, W] of a prompt with these visual tokens and an answer, and their positions.
-
-    The last token of an answer is chosen, and never fed.
-    """
-    rows = model.embed(torch.from_numpy(question.prompt.token_ids), visual)
-    fed = torch.tensor(answer[:-1], dtype=torch.long)
-    return torch.cat([rows, model.embedding(fed)[None]], dim=1), positions(question, len(fed))
 
 
 def _greedy(
     model: Vlm,
     question: Question,
-    visual: Sequence[NDArray[np.float32]],
+    visual: Visual | None,
     count: int,
     end_tokens: frozenset[int],
 ) -> tuple[tuple[int, ...], NDArray[np.float32]]:
     """A greedy answer, and the logits [len(answer), V] that its tokens were chosen from."""
     answer: list[int] = []
     logits: list[NDArray[np.float32]] = []
-    rows, places = inputs_along(model, question, _tensor(visual), ())
-    for token, logits_V in islice(model.greedy(rows, places), count):
+    fed = inputs_along(model, question, visual, ())
+    for token, logits_V in islice(model.greedy(fed.rows, fed.positions, fed.pictures), count):
         answer.append(token)
         logits.append(logits_V.numpy())
         if token in end_tokens:
             break
     return tuple(answer), np.stack(logits)
-
-
-def _tensor(visual: Sequence[NDArray[np.float32]]) -> Tensor | None:
-    """The visual tokens of all pictures, None without pictures."""
-    return torch.from_numpy(np.concatenate(visual)) if visual else None

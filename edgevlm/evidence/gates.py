@@ -51,12 +51,18 @@ class Gate:
 
 
 def limits(
-    options: EvidenceOptions, *, quantized: bool = False, drawn: bool = False
+    options: EvidenceOptions,
+    *,
+    reduced: bool = False,
+    quantized: bool = False,
+    drawn: bool = False,
 ) -> dict[str, dict[str, Bound]]:
     """The bounds of each kind of rung, from a recipe's.
 
     Where activations are rounded, two kernels that add in another order round a number that lies
     between two steps to different ones. Graphs of a `quantized` model are held to what that makes.
+
+    What a `reduced` model loses of its accuracy is bounded; its logits, of other prompts, are not.
 
     What a quantized model of `drawn` weights loses is measured and not judged: it has no answers to
     lose, and its logits lie closer together than those of any trained model, closer than what two
@@ -69,18 +75,34 @@ def limits(
     }
     shared["flips"] = Bound(value=0.0)
     eager = Bound(value=min(options.gates.max_error, EAGER_MAX_ERROR))
-    lossy = {name: Bound(value=value) for name, value in options.quantized.model_dump().items()}
     model = {**shared, "max_error": eager}
+    lossy = {name: Bound(value=value) for name, value in options.quantized.model_dump().items()}
+    fewer: dict[str, Bound] = {}
+    if reduced:
+        # Answers are scored against those of the reference: what is allowed adds up.
+        drop = options.reduced.accuracy_drop
+        fewer = {} if drawn else {"accuracy_drop": Bound(value=drop)}
+        shared["accuracy_drop"] = Bound(value=drop + options.gates.accuracy_drop)
+        lossy["accuracy_drop"] = Bound(value=drop + options.quantized.accuracy_drop)
     if quantized:
         graph = {name: Bound(value=value) for name, value in ROUNDED.items()}
-        drop = {"accuracy_drop": lossy["accuracy_drop"]}
-        runtime = {"token_agreement": graph["token_agreement"], **drop}
+        runtime = {
+            "token_agreement": graph["token_agreement"],
+            "accuracy_drop": lossy["accuracy_drop"],
+        }
         if drawn:
             graph = {name: bound for name, bound in graph.items() if name not in CHOICES}
-            return {"model": model, "quantized": {}, "graph": graph, "runtime": {}}
-        return {"model": model, "quantized": lossy, "graph": graph, "runtime": runtime}
+            lossy, runtime = {}, {}
+        return {
+            "model": model,
+            "reduced": fewer,
+            "quantized": lossy,
+            "graph": graph,
+            "runtime": runtime,
+        }
     return {
         "model": model,
+        "reduced": fewer,
         "graph": shared,
         "runtime": {name: shared[name] for name in ("token_agreement", "accuracy_drop", "flips")},
     }

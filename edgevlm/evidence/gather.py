@@ -15,6 +15,7 @@ from edgevlm.cache import digest
 from edgevlm.checkpoint import Checkpoint
 from edgevlm.evidence.bisect import Divergence
 from edgevlm.evidence.eager import eager_witness
+from edgevlm.evidence.exam import Exam
 from edgevlm.evidence.fault import find_fault
 from edgevlm.evidence.graph import GraphWitness
 from edgevlm.evidence.ladder import Answerer, Climb, demand
@@ -49,11 +50,17 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """A model on its way: after `count` passes. The first is `ours`, still lossless."""
+    """A model on its way: after `count` passes. The first is `ours`, still lossless.
+
+    `exam` asks it: with fewer visual tokens, the same questions are other prompts. `kind` is
+    `model`, or by what was lost last `reduced` or `quantized`.
+    """
 
     name: str
     count: int
     key: str
+    exam: Exam
+    kind: str = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +69,7 @@ class ModelEvidence:
 
     `name` is that of the last form, `root` what its graphs and their runtime answer to: the
     Hugging Face model's answers, or where something was lost on the way the last form's own.
-    `float_answers` are those of our model before any loss.
+    `float_answers` are those of the last model before anything was rounded.
     """
 
     name: str
@@ -75,24 +82,32 @@ class ModelEvidence:
 
 def model_evidence(subject: Subject, climb: Climb) -> ModelEvidence:
     """Hold our model to the reference; raise EvidenceError where a gate fails."""
-    reference = climb.witnesses("hf", subject.checkpoint_key, lambda: _referee(subject, climb))
-    rungs = [climb.root(reference)]
+    whole = climb.over(subject.forms[0].exam)
+    reference = whole.witnesses("hf", subject.checkpoint_key, lambda: _referee(subject, whole))
+    rungs = [whole.root(reference)]
     below = float_answers = reference
     for form in subject.forms:
         first = len(rungs) == 1
-        above = climb.witnesses(
+        here = climb.over(form.exam)
+        above = here.witnesses(
             form.name,
             digest(form.key, [f.key for f in subject.forms[: len(rungs) - 1]]),
-            partial(_eager, subject, climb, form, below),
+            partial(_eager, subject, here, form, below),
         )
-        kind = "model" if first else "quantized"
-        whole = first or climb.generates
-        rung = climb.rung(form.name, kind, rungs[-1].name, below, above, reference, complete=whole)
-        demand(rung, (lambda: _origin(subject, climb)) if first else _nowhere)
+        rung = here.rung(
+            form.name,
+            form.kind,
+            rungs[-1].name,
+            below,
+            above,
+            reference,
+            complete=first or climb.generates,
+        )
+        demand(rung, (lambda: _origin(subject, whole)) if first else _nowhere)
         rungs.append(rung)
         # What follows is held to the answer that it gives, not to the one it was compared along.
         below = [witness.leading() for witness in above]
-        float_answers = below if first else float_answers
+        float_answers = float_answers if form.kind == "quantized" else below
     return ModelEvidence(
         name=subject.forms[-1].name,
         reference=reference,
@@ -117,6 +132,7 @@ def graph_evidence(
     where a gate fails.
     """
     name, root = variant.target, below.root
+    climb = climb.over(subject.forms[-1].exam)
     graphs = climb.witnesses(name, files_key, lambda: _graphs(folder, name, below.ours))
     last = below.rungs[-1]
     rung = climb.rung(
@@ -186,6 +202,7 @@ def _eager(subject: Subject, climb: Climb, form: Form, reference: Sequence[Witne
             end_tokens=climb.exam.end_tokens,
             max_new_tokens=climb.exam.max_new_tokens,
             lossy=form is not subject.forms[0],
+            reduces=form.kind == "reduced",
             generates=climb.generates or form is subject.forms[0],
         )
 

@@ -7,7 +7,9 @@ and decode graphs both speak. The vision graph is run from a copy whose features
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,9 +21,12 @@ from edgevlm.evidence.witness import Question, Witness
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.decode.decoder import open_decoder
 from edgevlm_runtime.decode.protocol import Decoder, Prompt
+from edgevlm_runtime.encoder import question_rows
 from edgevlm_runtime.engine import Engines, as_input
 from edgevlm_runtime.engines.table import open_table
-from edgevlm_runtime.manifest import GraphSpec
+from edgevlm_runtime.manifest import GraphSpec, TensorSpec
+from edgevlm_runtime.positions import placed_positions
+from edgevlm_runtime.text import TextSpec
 
 FEATURES = "vision"
 """Nodes of this part of the model put out what those of the projector read."""
@@ -37,6 +42,7 @@ class GraphWitness:
         embedding = next(g for g in self._bundle.variant.graphs if g.role == "embedding")
         self._table = open_table(self._bundle, embedding)
         # Not a session: it would hold the vision graph a second time.
+        self._rule = TextSpec.from_json(self._bundle.manifest.text).positions
         self._decoder: Decoder = open_decoder(self._bundle, Engines(self._bundle), self._table)
 
     def answer(self, question: Question, parent: Witness) -> Witness:
@@ -60,10 +66,22 @@ class GraphWitness:
         visual = parent.fed or parent.projector
         if visual:
             embeds[question.prompt.image_rows] = np.concatenate(visual)
+        encoded = question.prompt
+        positions, next_position = encoded.positions, encoded.next_position
+        if parent.offsets:
+            positions, next_position = placed_positions(
+                len(embeds),
+                encoded.image_rows,
+                [image.layout for image in question.images],
+                self._rule,
+                parent.offsets,
+            )
         prompt = Prompt(
             embeds=embeds,
-            positions=question.prompt.positions,
-            next_position=question.prompt.next_position,
+            positions=positions,
+            next_position=next_position,
+            picture_rows=encoded.picture_rows,
+            row_weights=encoded.row_weights,
         )
         rows = [decoder.prefill(prompt).logits[-1].copy()]
         for token in parent.answer[:-1]:
@@ -74,13 +92,14 @@ class GraphWitness:
         self, question: Question
     ) -> tuple[tuple[NDArray[np.float32], ...], tuple[NDArray[np.float32], ...]]:
         vision, projector = [], []
+        asked = self._asked(question)
         for image in question.images:
             graph = self._vision_graph(image.layout.grid)
             path = self._folder / graph.file
             tapped = crossing_values(onnx.load(path, load_external_data=False))
             wanted = [graph.outputs[0].name, *tapped]
             calls = [
-                {spec.name: as_input(feed[spec.source], spec) for spec in graph.inputs}
+                {spec.name: self._input(spec, {**asked, **feed}) for spec in graph.inputs}
                 for feed in image.feeds
             ]
             for outputs in tapped_runs(path, wanted, calls, graph.engine.options):
@@ -91,6 +110,26 @@ class GraphWitness:
                     features = outputs[tapped[0]]
                     vision.append(features.reshape(-1, features.shape[-1]))
         return tuple(vision), tuple(projector)
+
+    @staticmethod
+    def _input(spec: TensorSpec, values: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The value of an input, by its source."""
+        value = values[spec.source]
+        if spec.source.startswith("question_"):
+            value = question_rows(spec, value)
+        return as_input(value, spec)
+
+    def _asked(self, question: Question) -> dict[str, NDArray[np.float32]]:
+        """The text rows of a prompt and their weights, by source."""
+        prompt = question.prompt
+        is_text = np.ones(len(prompt.token_ids), bool)
+        is_text[prompt.image_rows] = False
+        rows = self._table.rows(prompt.token_ids)[is_text]
+        weights = {
+            f"question_weights:{kind}": given[is_text][None]
+            for kind, given in prompt.row_weights.items()
+        }
+        return {"question_embeds": rows[None], **weights}
 
     def _vision_graph(self, grid: tuple[int, int] | None) -> GraphSpec:
         graphs = [graph for graph in self._bundle.variant.graphs if graph.role == "vision"]

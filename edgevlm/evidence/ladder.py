@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,10 @@ class Climb:
     bounds: Mapping[str, Mapping[str, Bound]]
     cache: StageCache
     progress: Progress
+
+    def over(self, exam: Exam) -> Climb:
+        """The same ladder, asked by another exam."""
+        return replace(self, exam=exam)
 
     @property
     def generates(self) -> bool:

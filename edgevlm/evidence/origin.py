@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -26,7 +25,7 @@ from edgevlm.evidence.bisect import (
     site_errors,
     site_outputs,
 )
-from edgevlm.evidence.eager import pixels_of, positions
+from edgevlm.evidence.fed import inputs_along, pixels_of, visual_of
 from edgevlm.evidence.referee import Referee
 from edgevlm.evidence.witness import Question
 from edgevlm.families.weights import Weights
@@ -72,14 +71,12 @@ def counterparts(model: Vlm, reference: nn.Module, weights: Weights) -> dict[str
 
 def _run(model: Vlm, question: Question) -> None:
     """Run our model from pixels to logits, each part fed by the one before."""
-    visual = [
-        model.encode(pixels_of(feed), image.layout.grid).flatten(0, -2)
-        for image in question.images
-        for feed in image.feeds
-    ]
-    token_ids = torch.from_numpy(question.prompt.token_ids)
-    rows = model.embed(token_ids, torch.cat(visual) if visual else None)
-    model(rows, positions(question, 0))
+    calls = []
+    for image in question.images:
+        grid = image.layout.grid or model.spec.vision.grids[0]
+        calls += [(model.visual(pixels_of(feed), grid), grid) for feed in image.feeds]
+    fed = inputs_along(model, question, visual_of(model, calls), ())
+    model(fed.rows, fed.positions)
 
 
 def _sorted(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -30,6 +30,12 @@ class KeySource(Protocol):
         ...
 
 
+class TurnedSource(KeySource, Protocol):
+    """A source of a decoder layer, whose queries and keys turn with their positions."""
+
+    angles: Angles
+
+
 class AllRows:
     """The rows of this call see each other: all of them, a vision encoder without rotation."""
 
@@ -39,25 +45,82 @@ class AllRows:
         return attention(q, k, v, spec.num_heads, spec.num_kv_heads, spec.scale)
 
 
+class WeightedRows:
+    """The same for rows that were merged: one that stands for several is seen so many times.
+
+    The logarithm of its size is added to the scores of its key, which is exact where the merged
+    rows were equal (ToMe's proportional attention).
+    """
+
+    def __init__(self, sizes: Tensor) -> None:
+        """Hold how many rows each stands for, [B, T]."""
+        self.sizes = sizes
+
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        """Attend with a bias for each key."""
+        spec = core.spec
+        rows = self.sizes.shape[1]
+        mask = self.sizes.log()[:, None, None].expand(-1, -1, rows, -1)
+        return attention(q, k, v, spec.num_heads, spec.num_kv_heads, spec.scale, mask=mask)
+
+
+class Watched:
+    """Shows the queries and keys that go by."""
+
+    def __init__(self, source: KeySource) -> None:
+        """Hold the source that attends."""
+        self.source = source
+        self.q: Tensor | None = None
+        self.k: Tensor | None = None
+
+    def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        """Take them apart, and let the source attend."""
+        self.q, self.k, _ = unpacked(core.spec, q, k, v)
+        return self.source.attend(core, q, k, v)
+
+
+class Angles:
+    """Rotary tables of the rows of a call, one object for all layers that see the same rows."""
+
+    def __init__(
+        self, cos: Tensor, sin: Tensor, *, is_own: bool = True, is_padded: bool = False
+    ) -> None:
+        """Hold the tables [rows >= T, R].
+
+        Where they are not a segment's own they are those of the rows that a cut before it leaves.
+        `is_padded` says that a cache wants as many rows as it has slots, whatever they hold.
+        """
+        self.cos, self.sin = cos, sin
+        self.is_own, self.is_padded = is_own, is_padded
+
+    def follow(self, tables: tuple[Tensor, Tensor], rows: Tensor) -> None:
+        """Become those of some rows of other tables."""
+        if not self.is_own:
+            cos, sin = (table.index_select(0, rows) for table in tables)
+            if self.is_padded:
+                cos, sin = torch.cat([cos, tables[0]]), torch.cat([sin, tables[1]])
+            self.cos, self.sin = cos, sin
+
+
 class FullCache:
     """No state: the rows of this call are the whole sequence, each sees the rows up to itself."""
 
     def __init__(
-        self, cos: Tensor, sin: Tensor, observe: Callable[[Tensor, Tensor], None] | None = None
+        self, angles: Angles, observe: Callable[[Tensor, Tensor], None] | None = None
     ) -> None:
-        """Hold the rotary tables [T, R].
+        """Hold the rotary tables.
 
         `observe` is shown what a cache would hold before it is rounded, keys after rotary and
         values, each [B, T, Hkv*D]: calibration of a quantized cache finds its scales there.
         """
-        self.cos, self.sin, self.observe = cos, sin, observe
+        self.angles, self.observe = angles, observe
 
     def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Rotate, then attend causally, within the layer's window where it has one."""
         spec = core.spec
         q, k, v = unpacked(spec, q, k, v)
-        q = rotary(q, self.cos, self.sin, spec.num_heads)
-        k = rotary(k, self.cos, self.sin, spec.num_kv_heads)
+        q = rotary(q, self.angles.cos, self.angles.sin, spec.num_heads)
+        k = rotary(k, self.angles.cos, self.angles.sin, spec.num_kv_heads)
         if self.observe is not None:
             self.observe(k, v)
         k, v = core.rounded(k, core.k_scale), core.rounded(v, core.v_scale)
@@ -77,25 +140,25 @@ class InplaceCache:
         value: Tensor,
         last_slot: Tensor,
         total: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        angles: Angles,
         *,
         prompt: bool = False,
     ) -> None:
-        """Hold the buffers [1, Hkv, C, D], used + T - 1 [1], used + T [], and rotary rows.
+        """Hold the buffers [1, Hkv, C, D], used + T - 1 [1], used + T [], and rotary tables.
 
         `prompt` says that calls have many rows, for which a quantized cache has a quicker form.
         """
         self.key, self.value = key, value
         self.last_slot, self.total = last_slot, total
-        self.cos, self.sin = cos, sin
+        self.angles = angles
         self.prompt = prompt
 
     def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend; `key` and `value` are then the extended buffers."""
         spec = core.spec
         out, self.key, self.value = cached_attention(
-            q, k, v, self.key, self.value, self.last_slot, self.total, self.cos, self.sin,
+            q, k, v, self.key, self.value, self.last_slot, self.total,
+            self.angles.cos, self.angles.sin,
             spec.num_heads, spec.num_kv_heads, spec.scale, window=spec.window or 0,
             k_scale=core.k_scale, v_scale=core.v_scale, kv_dtype=core.kv_dtype,
             prompt=self.prompt and spec.kv is not None,
@@ -106,20 +169,20 @@ class InplaceCache:
 class DeltaCache:
     """A cache that the host extends: the graph reads it and returns this call's rows."""
 
-    def __init__(self, key: Tensor, value: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Hold the buffers [1, Hkv, S, D], the additive mask [1, 1, T, S+T] and rotary rows.
+    def __init__(self, key: Tensor, value: Tensor, mask: Tensor, angles: Angles) -> None:
+        """Hold the buffers [1, Hkv, S, D], the additive mask [1, 1, T, S+T] and rotary tables.
 
         Buffers of a quantized cache may be float32, of numbers that it can hold; then so are the
         new rows.
         """
         self.key, self.value = key, value
-        self.mask, self.cos, self.sin = mask, cos, sin
+        self.mask, self.angles = mask, angles
 
     def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend; `key` and `value` are then this call's rows [1, Hkv, T, D], after rotary."""
         spec = core.spec
         out, self.key, self.value = masked_attention(
-            q, k, v, self.key, self.value, self.mask, self.cos, self.sin,
+            q, k, v, self.key, self.value, self.mask, self.angles.cos, self.angles.sin,
             spec.num_heads, spec.num_kv_heads, spec.scale,
             k_scale=core.k_scale, v_scale=core.v_scale, kv_dtype=core.kv_dtype,
         )  # fmt: skip
@@ -164,12 +227,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: KeySource) -> Tensor:
         """Attend from [B, T, W]."""
+        return self.attend(*self.project(x), keys)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys and values of rows [B, T, W]; packed in the first where none has a norm."""
         qkv = self.qkv(x)
         if self.q_norm is None or self.k_norm is None:
-            out: Tensor = self.out(self.core(qkv, None, None, keys))
-            return out
+            return qkv, None, None
         q, k, v = unpacked(self.spec, qkv, None, None)
-        out = self.out(self.core(self.q_norm(q), self.k_norm(k), v, keys))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, keys: KeySource) -> Tensor:
+        """What rows [B, T, W] get, from what `project` made of them."""
+        out: Tensor = self.out(self.core(q, k, v, keys))
         return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from edgevlm.model.attention import Attention, KeySource
@@ -81,8 +83,12 @@ class Layer(nn.Module):
         self.norm2 = build_norm(width, spec.norm2)
         self.mlp = (GatedMlp if spec.mlp.gated else PlainMlp)(width, spec.mlp)
 
-    def forward(self, x: Tensor, keys: KeySource) -> Tensor:
-        """Map [B, T, W] to [B, T, W]."""
+    def forward(
+        self, x: Tensor, keys: KeySource, between: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Map [B, T, W] to [B, T, W]; `between` may make rows fewer after attention."""
         x = x + self.attention(self.norm1(x), keys)
+        if between is not None:
+            x = between(x)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out

@@ -7,19 +7,23 @@ and the graph returns the new rows for the host to commit.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
 from edgevlm.errors import ModelError
 from edgevlm.model.spec import AttentionSpec, VlmSpec
+from edgevlm.reduce.plan import MAIN, Segment, Stage
 from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
 from edgevlm_runtime.manifest import StateGroup, StateTensor, TensorSpec
 
-GROUP = "main"
+PICTURE = "picture"
+"""The phase of whole prompts with visual tokens, some of which are taken away on the way."""
 # A verify call wants logits of all its rows; a longer call is a piece of a prompt.
 MAX_VERIFY_ROWS = 8
+# Text rows that a vision graph of fixed shape is shown of a question: the last of them.
+QUESTION_ROWS = 64
 # What caches can be quantized to: GroupQueryAttention has no float8 on a CPU, and standard ops pack
 # no two int4 in a byte.
 INPLACE_CACHES = FORMS["ort"].caches
@@ -29,57 +33,119 @@ DELTA_CACHES = FORMS["static"].caches
 def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = None) -> GraphPlan:
     """Pixels of pictures (or tiles) of a grid to their rows; without `num_images`, any number.
 
-    Where positions rotate there is one picture a call.
+    Where positions rotate there is one picture a call. Where stages look at the question, its rows
+    come too; where visual tokens keep the positions they had, these go out.
     """
-    vision = spec.vision
+    vision, reduction = spec.vision, spec.reduction
     name = "vision" if len(vision.grids) == 1 else "vision_{}x{}".format(*grid)
-    batch = 1 if vision.position == "rotary" else num_images or "N"
-    pixels = TensorSpec(
-        name="pixels",
-        dtype="float32",
-        shape=(batch, *vision.pixels_shape(grid)),
-        source="pixels",
-    )
-    rows = TensorSpec(
-        name="image_embeds",
-        dtype="float32",
-        shape=(batch, spec.image_tokens(grid), spec.decoder.width),
-    )
-    return GraphPlan(name=name, inputs=(pixels,), outputs=(rows,))
+    stages = () if reduction is None else reduction.of(grid, "encoder", "projector")
+    kinds = sorted({kind for stage in stages for kind in stage.queries})
+    is_fixed = vision.position == "rotary"
+    batch = 1 if is_fixed else num_images or "N"
+    inputs = [_float("pixels", (batch, *vision.pixels_shape(grid)), "pixels")]
+    if kinds:
+        length: int | str = "Q" if num_images is None else QUESTION_ROWS
+        shape = (1, length, spec.decoder.width)
+        inputs.append(_float("question_embeds", shape, "question_embeds"))
+        for kind in kinds:
+            source = f"question_weights:{kind}"
+            inputs.append(_float(f"question_{kind}", (1, length), source))
+    tokens = spec.image_tokens(grid)
+    outputs = [_float("image_embeds", (batch, tokens, spec.decoder.width))]
+    if spec.moves_positions(grid):
+        axes = len(spec.decoder.rope.sections) or 1
+        outputs.append(_float("image_positions", (batch, tokens, axes)))
+    return GraphPlan(name=name, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def inplace_plan(spec: VlmSpec, capacity: int, name: str = "step") -> GraphPlan:
-    """The step that extends its cache: T rows of this call, after the used slots."""
+def inplace_plan(
+    spec: VlmSpec, capacity: int, name: str = "step", *, pictures: bool = False
+) -> GraphPlan:
+    """The step that extends its cache: T rows of this call, after the used slots.
+
+    With `pictures` the rows are a whole prompt with P picture groups.
+    """
     _check_cache(spec, INPLACE_CACHES, "a step that extends its cache")
     decoder = spec.decoder
-    rope = (capacity, len(decoder.rope.inv_freq))
-    inputs = (
-        _float("inputs_embeds", (1, "T", decoder.width), "embeds"),
-        _float("rope_cos", rope, "rope_cos"),
-        _float("rope_sin", rope, "rope_sin"),
-        TensorSpec(name="seqlens_k", dtype="int32", shape=(1,), source=f"last_slot:{GROUP}"),
-        TensorSpec(name="total_sequence_length", dtype="int32", shape=(), source=f"total:{GROUP}"),
-        TensorSpec(name="logit_rows", dtype="int64", shape=("R",), source="logit_rows"),
-    )
-    state = inplace_state(spec, capacity).tensors
+    groups = step_states(spec, capacity, "inplace")
+    lengths = []
+    for group in groups:
+        end = _suffix(group.name)
+        last, total = f"last_slot:{group.name}", f"total:{group.name}"
+        lengths.append(TensorSpec(name=f"seqlens_k{end}", dtype="int32", shape=(1,), source=last))
+        lengths.append(
+            TensorSpec(name=f"total_sequence_length{end}", dtype="int32", shape=(), source=total)
+        )
+    state = [tensor for group in groups for tensor in group.tensors]
     return GraphPlan(
         name=name,
-        inputs=(*inputs, *(_state_input(tensor) for tensor in state)),
+        inputs=(
+            _float("inputs_embeds", (1, "T", decoder.width), "embeds"),
+            *_rope_inputs(spec, capacity),
+            *lengths,
+            TensorSpec(name="logit_rows", dtype="int64", shape=("R",), source="logit_rows"),
+            *(_picture_inputs(spec, "T", "P") if pictures else ()),
+            *(_state_input(tensor) for tensor in state),
+        ),
         outputs=(
             _float("logits", (1, "R", decoder.vocab_size)),
             *(_state_output(tensor, tensor.shape) for tensor in state),
         ),
         defaults={"logit_rows": np.array([-1], dtype=np.int64)},
+        # Rows are taken away from what is traced: there must be enough of them.
+        examples={"T": max(spec.segments[0].tokens * 8, 64)} if pictures else {},
     )
+
+
+def _suffix(group: str) -> str:
+    """What distinguishes the inputs of a state group: nothing for the one that is always there."""
+    return "" if group == MAIN else f".{group}"
+
+
+def _rope_inputs(spec: VlmSpec, rows: int) -> list[TensorSpec]:
+    """The rotary tables, and those of segments that count positions anew."""
+    found = []
+    for segment in spec.segments:
+        if segment.group == MAIN or segment.is_packed:
+            end = "" if segment.group == MAIN else f":{segment.group}"
+            shape = (rows, len(spec.decoder.rope.inv_freq))
+            for part in ("rope_cos", "rope_sin"):
+                name = f"{part}{_suffix(segment.group)}"
+                found.append(_float(name, shape, f"{part}{end}"))
+    return found
+
+
+def _picture_inputs(spec: VlmSpec, rows: int | str, pictures: int | str) -> list[TensorSpec]:
+    """Where visual tokens stand, and which rows ask about them."""
+    cuts = () if spec.reduction is None else spec.reduction.cuts
+    found = [
+        TensorSpec(name="picture_rows", dtype="int64", shape=(pictures,), source="picture_rows"),
+        TensorSpec(name="last_row", dtype="int64", shape=(1,), source="last_row"),
+    ]
+    for kind in asked_kinds(cuts):
+        found.append(_float(f"asks_{kind}", (1, rows), f"row_weights:{kind}"))
+    return found
+
+
+def asked_kinds(stages: Iterable[Stage]) -> list[str]:
+    """The kinds of text rows whose weights stages are fed: raters are found among the question."""
+    kinds = {kind for stage in stages for kind in stage.queries}
+    return sorted("question" if kind == "raters" else kind for kind in kinds)
 
 
 def step_name(phases: Collection[str]) -> str:
     """The name of a dynamic step graph that serves these phases."""
-    return "prefill" if set(phases) == {"prefill"} else "step"
+    alone = set(phases)
+    return "prefill" if alone == {"prefill"} else "picture" if alone == {PICTURE} else "step"
 
 
-def delta_plan(spec: VlmSpec, capacity: int, num_rows: int) -> GraphPlan:
-    """The step of `num_rows` rows that returns the new rows of its cache."""
+def delta_plan(
+    spec: VlmSpec, capacity: int, num_rows: int, *, pictures: int | None = None
+) -> GraphPlan:
+    """The step of `num_rows` rows that returns the new rows of its cache.
+
+    With `pictures` the rows are a whole prompt with that many picture groups.
+    """
     _check_cache(spec, DELTA_CACHES, "a static step")
     decoder = spec.decoder
     narrow = [
@@ -94,27 +160,28 @@ def delta_plan(spec: VlmSpec, capacity: int, num_rows: int) -> GraphPlan:
             f"one mask over all {capacity} slots",
             hint=f"lower the context to at most {window} tokens, or choose a target with windows",
         )
-    rope = (num_rows, len(decoder.rope.inv_freq))
-    inputs = (
-        _float("inputs_embeds", (1, num_rows, decoder.width), "embeds"),
-        _float("rope_cos", rope, "rope_cos"),
-        _float("rope_sin", rope, "rope_sin"),
-        _float("attn_mask", (1, 1, num_rows, capacity + num_rows), f"mask:{GROUP}"),
-        TensorSpec(
-            name="logit_rows",
-            dtype="int64",
-            shape=(num_logit_rows(num_rows),),
-            source="logit_rows",
-        ),
-    )
-    state = delta_state(spec, capacity).tensors
-    news = (
-        _state_output(tensor, (*tensor.shape[:2], num_rows, tensor.shape[3])) for tensor in state
-    )
+    groups = step_states(spec, capacity, "delta")
+    masks, news = [], []
+    for group, segment in zip(groups, spec.segments, strict=True):
+        rows = num_rows - (pictures or 0) * (spec.segments[0].tokens - segment.tokens)
+        shape = (1, 1, rows, group.capacity + rows)
+        masks.append(_float(f"attn_mask{_suffix(group.name)}", shape, f"mask:{group.name}"))
+        news += [
+            _state_output(tensor, (*tensor.shape[:2], rows, tensor.shape[3]))
+            for tensor in group.tensors
+        ]
+    wanted = 1 if pictures else num_logit_rows(num_rows)
     return GraphPlan(
-        name=f"step_{num_rows}",
-        inputs=(*inputs, *(_state_input(tensor) for tensor in state)),
-        outputs=(_float("logits", (1, num_logit_rows(num_rows), decoder.vocab_size)), *news),
+        name=f"step_{num_rows}" if pictures is None else f"picture_{num_rows}",
+        inputs=(
+            _float("inputs_embeds", (1, num_rows, decoder.width), "embeds"),
+            *_rope_inputs(spec, num_rows),
+            *masks,
+            TensorSpec(name="logit_rows", dtype="int64", shape=(wanted,), source="logit_rows"),
+            *(_picture_inputs(spec, num_rows, pictures) if pictures else ()),
+            *(_state_input(tensor) for group in groups for tensor in group.tensors),
+        ),
+        outputs=(_float("logits", (1, wanted, decoder.vocab_size)), *news),
     )
 
 
@@ -123,20 +190,36 @@ def num_logit_rows(num_rows: int) -> int:
     return num_rows if num_rows <= MAX_VERIFY_ROWS else 1
 
 
-def inplace_state(spec: VlmSpec, capacity: int) -> StateGroup:
+def step_states(spec: VlmSpec, capacity: int, form: str) -> tuple[StateGroup, ...]:
+    """The state of a form of step, one group for each run of layers that see the same rows.
+
+    `capacity` is that of the first. The others have less room by what is taken from one picture.
+    """
+    state = inplace_state if form == "inplace" else delta_state
+    dense = spec.segments[0].tokens
+    return tuple(
+        state(spec, capacity - (dense - segment.tokens), segment) for segment in spec.segments
+    )
+
+
+def inplace_state(spec: VlmSpec, capacity: int, segment: Segment | None = None) -> StateGroup:
     """The cache of the `inplace` form, named as onnxruntime-genai names it."""
-    return _state(spec, capacity, "kv_inplace", "past_key_values.{}.{}", "present.{}.{}")
+    names = "past_key_values.{}.{}", "present.{}.{}"
+    return _state(spec, capacity, "kv_inplace", *names, segment)
 
 
-def delta_state(spec: VlmSpec, capacity: int) -> StateGroup:
+def delta_state(spec: VlmSpec, capacity: int, segment: Segment | None = None) -> StateGroup:
     """The cache of the `delta` form."""
-    return _state(spec, capacity, "kv_delta", "past_{1}.{0}", "new_{1}.{0}")
+    return _state(spec, capacity, "kv_delta", "past_{1}.{0}", "new_{1}.{0}", segment)
 
 
-def _state(spec: VlmSpec, capacity: int, kind: str, name: str, output: str) -> StateGroup:
-    """Keys and values of every layer."""
+def _state(
+    spec: VlmSpec, capacity: int, kind: str, name: str, output: str, segment: Segment | None
+) -> StateGroup:
+    """Keys and values of the layers of a segment, of the first where none is named."""
+    segment = spec.segments[0] if segment is None else segment
     return StateGroup(
-        name=GROUP,
+        name=segment.group,
         capacity=capacity,
         tensors=tuple(
             StateTensor(
@@ -149,6 +232,7 @@ def _state(spec: VlmSpec, capacity: int, kind: str, name: str, output: str) -> S
                 layer=index,
             )
             for index, layer in enumerate(spec.decoder.layers)
+            if segment.first <= index < segment.end
             for part in ("key", "value")
         ),
     )

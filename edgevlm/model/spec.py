@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgevlm.quant.spec import Scheme
+from edgevlm.reduce.plan import Reduction, Segment
 from edgevlm_runtime.manifest import GenerationSpec, RopeSpec
 
 __all__ = [
@@ -216,7 +217,8 @@ class VlmSpec:
     `image` and `text` are the manifest's image and text sections. `notes` say, one clause each,
     what the checkpoint asks for that a bundle does not do. `schemes` has the quantized linear maps
     by their sites; those under `prefill`, in place of `decoder`, are of a decoder for prompts
-    alone. `table` is the scheme of a quantized embedding.
+    alone. `table` is the scheme of a quantized embedding. `reduction` are the stages that take
+    visual tokens away.
     """
 
     family: str
@@ -230,6 +232,7 @@ class VlmSpec:
     notes: tuple[str, ...] = ()
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     table: Scheme | None = None
+    reduction: Reduction | None = None
 
     @property
     def has_prefill(self) -> bool:
@@ -252,6 +255,38 @@ class VlmSpec:
 
     def image_tokens(self, grid: tuple[int, int]) -> int:
         """Rows of the decoder that one picture (or tile) of that grid becomes."""
+        if self.reduction is not None:
+            return self.reduction.tokens(grid)
+        return self.dense_tokens(grid)
+
+    def dense_tokens(self, grid: tuple[int, int]) -> int:
+        """The same before any reduction."""
+        return self.patch_tokens(grid) // self.projector.merge**2
+
+    def patch_tokens(self, grid: tuple[int, int]) -> int:
+        """Rows that leave the encoder before any reduction."""
         height, width = grid
         extra = int(self.vision.class_token) - int(self.vision.drop_first_row)
-        return height * width // self.projector.merge**2 + extra
+        return height * width + extra
+
+    def token_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """The grid in which visual tokens lie in raster order; None where they do not."""
+        merge = self.projector.merge
+        is_whole = self.patch_tokens(grid) == grid[0] * grid[1]
+        return (grid[0] // merge, grid[1] // merge) if is_whole else None
+
+    def moves_positions(self, grid: tuple[int, int]) -> bool:
+        """Whether visual tokens of that grid stand where their picture says, not in a row."""
+        if self.reduction is None:
+            return False
+        before = self.reduction.of(grid, "encoder.layers", "encoder", "projector")
+        return bool(before) and before[-1].place == "keep"
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The runs of decoder layers that see the same rows: one, unless stages cut between."""
+        num_layers = len(self.decoder.layers)
+        if self.reduction is not None:
+            return self.reduction.segments(num_layers)
+        tokens = self.image_tokens(self.vision.grids[0])
+        return (Segment(group="main", first=0, end=num_layers, tokens=tokens),)

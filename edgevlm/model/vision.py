@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from edgevlm.model.attention import AllRows, AttentionCore, KeySource, unpacked
+from edgevlm.model.attention import (
+    AllRows,
+    AttentionCore,
+    KeySource,
+    Watched,
+    WeightedRows,
+    unpacked,
+)
 from edgevlm.model.layers import Layer
 from edgevlm.model.norms import build_norm
 from edgevlm.model.spec import VisionSpec
+from edgevlm.model.stages import (
+    Grid,
+    Seen,
+    StageModule,
+    in_raster,
+    run_stages,
+    watched_probe,
+)
+from edgevlm.reduce.seq import Probe, VisSeq
+from edgevlm.reduce.view import View
 from edgevlm_export.ops import attention, rotary
 
 
@@ -102,8 +120,30 @@ class WindowRows:
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionRows:
+    """The rows of pictures between two layers of an encoder.
+
+    `x` [N, T, W] are all rows, the class token first where there is one; `tokens` say what the
+    others stand for. `probes` and `kept`, the outputs of layers so far, are by number.
+    """
+
+    x: Tensor
+    tokens: VisSeq[Tensor]
+    probes: Mapping[int | str, Probe[Tensor]]
+    kept: Mapping[int, Tensor]
+
+    def after(self, index: int, x: Tensor) -> VisionRows:
+        """With the output of a layer."""
+        return replace(self, x=x, kept={**self.kept, index + 1: x})
+
+    def last(self) -> VisionRows:
+        """Without the outputs of earlier layers."""
+        return replace(self, kept={})
+
+
 class Vision(nn.Module):
-    """Pixels to features, one row per patch."""
+    """Pixels to features, one row per patch, or fewer where stages stand in it."""
 
     def __init__(self, spec: VisionSpec) -> None:
         """Build the layers that the features need."""
@@ -113,25 +153,96 @@ class Vision(nn.Module):
         self.pre_norm = build_norm(spec.width, spec.pre_norm) if spec.pre_norm else None
         self.layers = nn.ModuleList(Layer(spec.width, layer) for layer in spec.layers)
         self.norm = build_norm(spec.width, spec.norm) if spec.norm else None
+        # Stages in the layers, one for each of some, and those behind the last.
+        self.merges = nn.ModuleList()
+        self.reduce = nn.ModuleList()
+        self.watched = frozenset[int]()
 
     def forward(self, pixels: Tensor, tables: GridTables | None = None) -> Tensor:
         """Map pixels [N, ...] to features [N, rows, out_width]; with `tables`, N is 1."""
+        return self.see(pixels, tables).tokens.features
+
+    def see(
+        self, pixels: Tensor, tables: GridTables | None = None, grid: Grid | None = None
+    ) -> Seen:
+        """The features of pictures of a grid, and the probes that stages ask for."""
+        grid = self.spec.grids[0] if grid is None else grid
+        rows = self.entered(pixels, tables, grid)
+        for index in range(len(self.layers)):
+            rows = self.step(index, rows, tables, grid)
+        features = [rows.kept[index] for index in self.spec.feature_layers]
+        if self.norm is not None:
+            last = len(self.layers)
+            features = [
+                self.norm(x) if index == last else x
+                for index, x in zip(self.spec.feature_layers, features, strict=True)
+            ]
+        x = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+        if self.spec.drop_first_row:
+            x = x[:, 1:]
+        if tables is not None:
+            x = x.index_select(1, tables.inverse)
+        tokens = in_raster(x, grid if self.spec.pixels == "image" else None)
+        if len(self.merges):
+            # Merging leaves halves one behind the other: back to the order of the picture.
+            order = rows.tokens.places.argsort(1)
+            tokens = replace(
+                tokens,
+                features=x.gather(1, order[..., None].expand_as(x)),
+                places=rows.tokens.places.gather(1, order),
+                grid=None,
+            )
+        view = View(tokens=tokens, probes=rows.probes)
+        return Seen(tokens=run_stages(self.reduce, view, grid), probes=rows.probes)
+
+    def entered(self, pixels: Tensor, tables: GridTables | None, grid: Grid) -> VisionRows:
+        """Rows as they come to the first layer."""
         x: Tensor = self.embed(pixels)
         if tables is not None:
             x = x.index_select(1, tables.order)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        states = [x]
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            states.append(layer(states[-1], self._keys(layer.spec.mixer, tables)))
-        if self.norm is not None:
-            states[-1] = self.norm(states[-1])
-        features = [states[index] for index in self.spec.feature_layers]
-        x = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
-        if self.spec.drop_first_row:
-            x = x[:, 1:]
-        return x if tables is None else x.index_select(1, tables.inverse)
+        first = int(self.spec.class_token)
+        tokens = in_raster(x[:, first:], grid if self.spec.pixels == "image" else None)
+        return VisionRows(x=x, tokens=tokens, probes={}, kept={0: x})
+
+    def step(
+        self, index: int, rows: VisionRows, tables: GridTables | None, grid: Grid
+    ) -> VisionRows:
+        """Pass one layer, and the stage in it where there is one."""
+        layer, first = self.layers[index], int(self.spec.class_token)
+        assert isinstance(layer, Layer)
+        source = self._keys(layer.spec.mixer, tables)
+        if rows.tokens.sizes is not None:
+            source = WeightedRows(_with_class(rows.tokens.sizes, first))
+        merge = self._merge(index, grid)
+        if merge is None and index not in self.watched:
+            return rows.after(index, layer(rows.x, source))
+        watched = Watched(source)
+        between = None
+        if merge is not None:
+            between = _Between(merge, grid, rows.tokens, layer, watched, first)
+        x = layer(rows.x, watched, between)
+        if between is not None:
+            rows = replace(rows, tokens=between.tokens)
+        if index in self.watched:
+            probe = watched_probe(
+                layer.spec.attention,
+                watched,
+                first=first,
+                class_row=0 if first else None,
+                order=None if tables is None else tables.inverse,
+            )
+            rows = replace(rows, probes={**rows.probes, index - len(self.layers): probe})
+        return rows.after(index, x)
+
+    def _merge(self, index: int, grid: Grid) -> StageModule | None:
+        """The stage that stands in a layer, if one does."""
+        for module in self.merges:
+            assert isinstance(module, StageModule)
+            if module.stage(grid).layer == index:
+                return module
+        return None
 
     @staticmethod
     def _keys(mixer: str, tables: GridTables | None) -> KeySource:
@@ -141,6 +252,37 @@ class Vision(nn.Module):
         if mixer == "window_attention":
             return WindowRows(tables.cos, tables.sin, tables.windows)
         return WindowRows(tables.cos, tables.sin, ((1, tables.order.shape[0]),))
+
+
+class _Between:
+    """A stage between the attention and the MLP of a layer, whose keys it looks at."""
+
+    def __init__(
+        self,
+        module: StageModule,
+        grid: Grid,
+        tokens: VisSeq[Tensor],
+        layer: Layer,
+        watched: Watched,
+        first: int,
+    ) -> None:
+        """Hold what the stage is shown besides the rows."""
+        self.module, self.grid, self.tokens = module, grid, tokens
+        self.layer, self.watched, self.first = layer, watched, first
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Make rows [N, T, W] fewer; the class token, the first, stays."""
+        probe = watched_probe(
+            self.layer.spec.attention, self.watched, first=self.first, class_row=None, order=None
+        )
+        tokens = replace(self.tokens, features=x[:, self.first :])
+        self.tokens = self.module(View(tokens=tokens, probes={"own": probe}), self.grid)
+        return torch.cat([x[:, : self.first], self.tokens.features], dim=1)
+
+
+def _with_class(sizes: Tensor, first: int) -> Tensor:
+    """Sizes [N, T] with that of the class token."""
+    return torch.cat([sizes[:, :first] * 0.0 + 1.0, sizes], dim=1)
 
 
 def grid_tables(spec: VisionSpec, grid: tuple[int, int]) -> GridTables | None:

@@ -6,6 +6,7 @@ from edgevlm.passes.awq import Awq
 from edgevlm.passes.base import Applied, Change, Context, Foresight, Pass, run_pass, run_passes
 from edgevlm.passes.fold_norms import FoldNorms
 from edgevlm.passes.quantize import Quantize
+from edgevlm.passes.reduce import Reduce
 from edgevlm.passes.rotate import Rotate
 from edgevlm.passes.smooth import Smooth
 
@@ -19,6 +20,7 @@ __all__ = [
     "Foresight",
     "Pass",
     "Quantize",
+    "Reduce",
     "Rotate",
     "Smooth",
     "run_pass",
@@ -26,5 +28,5 @@ __all__ = [
 ]
 
 PASSES: dict[str, type[Pass]] = {
-    step.name: step for step in (FoldNorms, Awq, Smooth, Rotate, Quantize)
+    step.name: step for step in (FoldNorms, Reduce, Awq, Smooth, Rotate, Quantize)
 }

@@ -43,15 +43,16 @@ class Context:
 
     `targets` are the forms that it is compiled to. `probe` runs the model on a sample and returns
     its logits; without one, the promise of a lossless pass is not verified. `calibration` draws
-    the recipe's calibration samples, of which `samples_key` is the hash; a plan has none. `work` is
-    a folder where a long pass keeps what it has done so far.
+    the recipe's calibration samples for a model of a spec, which says how many tokens a picture
+    has; `samples_key` is their hash, and a plan has none. `work` is a folder where a long pass
+    keeps what it has done so far.
     """
 
     device: Device
     targets: tuple[str, ...] = ()
     seed: int = 0
     probe: Callable[[Vlm], Tensor] | None = None
-    calibration: Callable[[], Sequence[CalibrationCase]] | None = None
+    calibration: Callable[[VlmSpec], Sequence[CalibrationCase]] | None = None
     samples_key: str = ""
     progress: Progress = field(default_factory=Silent)
     work: Path | None = None

@@ -85,10 +85,10 @@ def _stage(
 def _save(weights: Mapping[str, torch.nn.Parameter], folder: Path) -> None:
     """Write weights in files of some size each, so that no second copy of all is held."""
     number, size, part = 0, 0, dict[str, torch.Tensor]()
-    for place, (name, weight) in enumerate(weights.items(), 1):
+    for count, (name, weight) in enumerate(weights.items(), 1):
         part[name] = weight.detach().contiguous()
         size += weight.nbytes
-        if size >= FILE_BYTES or place == len(weights):
+        if size >= FILE_BYTES or count == len(weights):
             save_file(part, folder / KEPT.replace("*", f"{number:05d}"))
             number, size, part = number + 1, 0, {}
 

@@ -56,7 +56,7 @@ def solve_budget(
 
     Raises PassError where there are no calibration samples, or no choice fits the budget.
     """
-    cases = context.calibration() if context.calibration is not None else ()
+    cases = context.calibration(model.spec) if context.calibration is not None else ()
     if not cases:
         raise PassError(
             "a budget is measured, and there are no calibration samples",

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Generic, TypeVar
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgevlm.evidence.eager import inputs_along, pixels_of
+from edgevlm.evidence.fed import (
+    Fed,
+    Visual,
+    asking_of,
+    inputs_along,
+    pixels_of,
+    visual_of,
+)
 from edgevlm.evidence.witness import Question, ask
-from edgevlm.model.vision import grid_tables
-from edgevlm.model.vlm import Decoder, Vlm
+from edgevlm.model.attention import FullCache
+from edgevlm.model.stages import Seen
+from edgevlm.model.vision import GridTables, Vision, VisionRows, grid_tables
+from edgevlm.model.vlm import Decoder, Rows, Vlm
 from edgevlm.samples import Sample
 from edgevlm_runtime.image import ImageSpec
 from edgevlm_runtime.text import TextSpec
@@ -46,59 +54,46 @@ def calibration_cases(
     return cases
 
 
+StateT = TypeVar("StateT", VisionRows, Rows)
+
+
 @dataclass(kw_only=True, slots=True)
-class LayerCalls:
-    """The calls of a stack of layers, layer by layer: what each reads, and the rest of the call."""
+class LayerCalls(Generic[StateT]):
+    """The calls of a stack of layers, layer by layer: the rows of each, and how they pass one."""
 
-    layers: Sequence[nn.Module]
-    states: list[Tensor]
-    others: list[tuple[Any, ...]]
+    states: list[StateT]
+    steps: list[Callable[[int, StateT], StateT]]
 
-    def run(self, layer: nn.Module) -> Iterator[Tensor]:
-        """What the layer makes of the states, call by call."""
-        for state, other in zip(self.states, self.others, strict=True):
-            yield layer(state, *other)
+    def run(self, index: int) -> Iterator[StateT]:
+        """What a layer makes of the rows, call by call."""
+        for state, step in zip(self.states, self.steps, strict=True):
+            yield step(index, state)
 
-    def advance(self, layer: nn.Module) -> None:
-        """Take what the layer makes of the states for the next one's."""
-        for index, state in enumerate(self.run(layer)):
-            self.states[index] = state
+    def advance(self, index: int) -> None:
+        """Take what a layer makes of the rows for the next one's."""
+        for place, state in enumerate(self.run(index)):
+            self.states[place] = state
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The rows [B, T, W] of each call."""
+        return [state.x for state in self.states]
 
 
-class _Stop(Exception):  # noqa: N818 - it ends a forward pass on purpose
-    """The first layer was reached."""
-
-
-def _first_calls(layers: nn.ModuleList, runs: Iterator[Callable[[], object]]) -> LayerCalls:
-    """What the first layer of a stack is called with in each run, which ends there."""
-    calls = LayerCalls(layers=list(layers), states=[], others=[])
-
-    def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        calls.states.append(inputs[0])
-        calls.others.append(inputs[1:])
-        raise _Stop
-
-    handle = layers[0].register_forward_pre_hook(note)
-    try:
-        for run in runs:
-            try:
-                run()
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
+def vision_calls(model: Vlm, cases: Sequence[CalibrationCase]) -> LayerCalls[VisionRows]:
+    """The calls of the vision encoder's layers, one per picture or tile."""
+    calls: LayerCalls[VisionRows] = LayerCalls(states=[], steps=[])
+    for pixels, grid in _pictures(model, cases):
+        tables = grid_tables(model.spec.vision, grid)
+        calls.states.append(model.vision.entered(pixels, tables, grid).last())
+        calls.steps.append(partial(_step_vision, model.vision, tables, grid))
     return calls
 
 
-def vision_calls(model: Vlm, cases: Sequence[CalibrationCase]) -> LayerCalls:
-    """The calls of the vision encoder's layers, one per picture or tile."""
-
-    def runs() -> Iterator[Callable[[], object]]:
-        for pixels, grid in _pictures(model, cases):
-            tables = grid_tables(model.spec.vision, grid)
-            yield partial(model.vision, pixels, tables)
-
-    return _first_calls(model.vision.layers, runs())
+def _step_vision(
+    vision: Vision, tables: GridTables | None, grid: tuple[int, int], index: int, rows: VisionRows
+) -> VisionRows:
+    return vision.step(index, rows, tables, grid).last()
 
 
 def embed_pictures(model: Vlm, cases: Sequence[CalibrationCase]) -> None:
@@ -107,43 +102,52 @@ def embed_pictures(model: Vlm, cases: Sequence[CalibrationCase]) -> None:
         model.vision.embed(pixels)
 
 
-Features = list[list[tuple[Tensor, tuple[int, int]]]]
-"""Of each sample the features of its pictures, with their grids."""
+Features = list[list[tuple[Seen, tuple[int, int]]]]
+"""Of each sample what the encoder saw in its pictures, with their grids."""
 
 
 def encode_features(model: Vlm, cases: Sequence[CalibrationCase]) -> Features:
     """Run the vision encoder on every picture."""
     return [
         [
-            (model.vision(pixels, grid_tables(model.spec.vision, grid)), grid)
+            (model.vision.see(pixels, grid_tables(model.spec.vision, grid), grid), grid)
             for pixels, grid in _pictures(model, [case])
         ]
         for case in cases
     ]
 
 
-def project_features(model: Vlm, features: Features) -> list[Tensor | None]:
-    """The visual rows [M, W] of each sample, None where it has no pictures."""
-    rows: list[Tensor | None] = []
-    for pictures in features:
-        parts = [model.projector(x, grid).flatten(0, -2) for x, grid in pictures]
-        rows.append(torch.cat(parts) if parts else None)
-    return rows
+def project_features(
+    model: Vlm, cases: Sequence[CalibrationCase], features: Features
+) -> list[Visual | None]:
+    """The visual tokens of each sample, None where it has no pictures."""
+    found: list[Visual | None] = []
+    for case, pictures in zip(cases, features, strict=True):
+        asking = asking_of(model, case.question)
+        parts = [(model.project(seen, grid, asking), grid) for seen, grid in pictures]
+        found.append(visual_of(model, parts))
+    return found
 
 
 def decoder_calls(
     model: Vlm,
     decoder: Decoder,
     cases: Sequence[CalibrationCase],
-    visual: Sequence[Tensor | None],
+    visual: Sequence[Visual | None],
     *,
     answers: bool,
-) -> LayerCalls:
+) -> LayerCalls[Rows]:
     """The calls of a decoder's layers, one per sample: its prompt, with its answer or without."""
+    calls: LayerCalls[Rows] = LayerCalls(states=[], steps=[])
+    for fed in decoder_inputs(model, cases, visual, answers=answers):
+        keys = model.whole_keys(fed.positions)
+        calls.states.append(decoder.entered(fed.rows, None, fed.pictures))
+        calls.steps.append(partial(_step_decoder, decoder, keys))
+    return calls
 
-    inputs = decoder_inputs(model, cases, visual, answers=answers)
-    runs = (partial(model.whole, decoder, rows, places) for rows, places in inputs)
-    return _first_calls(decoder.layers, runs)
+
+def _step_decoder(decoder: Decoder, keys: Sequence[FullCache], index: int, rows: Rows) -> Rows:
+    return decoder.step(index, rows, keys)
 
 
 def run_head(decoder: Decoder, states: Sequence[Tensor]) -> None:
@@ -155,11 +159,11 @@ def run_head(decoder: Decoder, states: Sequence[Tensor]) -> None:
 def decoder_inputs(
     model: Vlm,
     cases: Sequence[CalibrationCase],
-    visual: Sequence[Tensor | None],
+    visual: Sequence[Visual | None],
     *,
     answers: bool,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows [1, T, W] and their positions, of each sample's prompt, with its answer or without."""
+) -> Iterator[Fed]:
+    """What a decoder is fed for each sample: its prompt, with its answer or without."""
     for case, rows in zip(cases, visual, strict=True):
         yield inputs_along(model, case.question, rows, case.answer if answers else ())
 

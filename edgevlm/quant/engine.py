@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from edgevlm.evidence.fed import Visual
 from edgevlm.model.quantized import QuantLinear
 from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Decoder, Vlm, place
@@ -110,7 +112,7 @@ class Job:
         if self._kv is not None:
             calibrated.append("decoder.layers.0.attention.core")
         if calibrated:
-            self.cases = drawn_cases(context, name="quantize", site=calibrated[0])
+            self.cases = drawn_cases(context, model.spec, name="quantize", site=calibrated[0])
 
     @property
     def num_units(self) -> int:
@@ -121,13 +123,13 @@ class Job:
         """Quantize unit by unit."""
         yield from self._vision()
         features = encode_features(self.model, self.cases) if self._calibrates("projector") else []
-        run = None if not features else lambda: project_features(self.model, features)
+        run = None if not features else lambda: project_features(self.model, self.cases, features)
         yield from self._unit("projector", run)
         needs_rows = self._calibrates("decoder", "prefill") or self._kv is not None
-        visual: list[Tensor | None] = []
+        visual: list[Visual | None] = []
         if needs_rows:
             features = features or encode_features(self.model, self.cases)
-            visual = project_features(self.model, features)
+            visual = project_features(self.model, self.cases, features)
         features = []
         if self._kv is not None:
             calibrate_cache(self.model, self._kv, self.cases, visual)
@@ -150,7 +152,7 @@ class Job:
         yield from self._layers("vision", model.vision.layers, calls)
 
     def _decoder(
-        self, name: str, decoder: Decoder, visual: Sequence[Tensor | None]
+        self, name: str, decoder: Decoder, visual: Sequence[Visual | None]
     ) -> Iterator[str]:
         calls = None
         if self._calibrates(name):
@@ -159,20 +161,22 @@ class Job:
             )
         yield from self._layers(name, decoder.layers, calls)
         if name == "decoder":
-            states = calls.states if calls is not None else []
+            states = calls.rows if calls is not None else []
             run: Run | None = None
             if states:
                 run = partial(run_head, decoder, states)
             yield from self._unit("decoder.head", run)
 
-    def _layers(self, name: str, layers: nn.ModuleList, calls: LayerCalls | None) -> Iterator[str]:
-        for index, layer in enumerate(layers):
+    def _layers(
+        self, name: str, layers: nn.ModuleList, calls: LayerCalls[Any] | None
+    ) -> Iterator[str]:
+        for index in range(len(layers)):
             run: Run | None = None
             if calls is not None:
-                run = lambda layer=layer: list(calls.run(layer))  # noqa: E731
+                run = lambda index=index: list(calls.run(index))  # noqa: E731
             yield from self._unit(f"{name}.layers.{index}", run)
             if calls is not None:
-                calls.advance(layer)
+                calls.advance(index)
 
     def _unit(self, name: str, run: Run | None) -> Iterator[str]:
         """Quantize the maps of a unit, or put in place what an interrupted run made of them."""

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edgevlm.evidence.fed import Visual
 from edgevlm.model.vlm import Vlm
 from edgevlm.passes.base import Context
 from edgevlm.quant.absorb import Absorber, divide
@@ -68,7 +69,7 @@ def equalize(
 
     Raises PassError of the pass `name` without calibration samples.
     """
-    cases = drawn_cases(context, name=name, site=absorbers[0].sites[0])
+    cases = drawn_cases(context, model.spec, name=name, site=absorbers[0].sites[0])
     units = list(dict.fromkeys(absorber.unit for absorber in absorbers))
     done: list[Scaling] = []
     with context.progress.stage(name, len(units)) as advance:
@@ -125,19 +126,19 @@ def _runs(
     parts = {unit.split(".")[0] for unit in units}
     if "vision" in parts:
         calls = vision_calls(model, cases)
-        for index, layer in enumerate(model.vision.layers):
-            yield f"vision.layers.{index}", partial(calls.advance, layer)
-    visual: list[Tensor | None] = []
+        for index in range(len(model.vision.layers)):
+            yield f"vision.layers.{index}", partial(calls.advance, index)
+    visual: list[Visual | None] = []
     if parts & {"projector", "decoder"}:
         features = encode_features(model, cases)
-        yield "projector", lambda: visual.extend(project_features(model, features))
+        yield "projector", lambda: visual.extend(project_features(model, cases, features))
         features = []
     if "decoder" in parts:
-        calls = decoder_calls(model, model.decoder, cases, visual, answers=True)
-        for index, layer in enumerate(model.decoder.layers):
-            yield f"decoder.layers.{index}", partial(calls.advance, layer)
+        deep = decoder_calls(model, model.decoder, cases, visual, answers=True)
+        for index in range(len(model.decoder.layers)):
+            yield f"decoder.layers.{index}", partial(deep.advance, index)
         if "decoder.head" in units:
-            yield "decoder.head", lambda: run_head(model.decoder, calls.states)
+            yield "decoder.head", lambda: run_head(model.decoder, deep.rows)
 
 
 def _keep(members: Sequence[Absorber], found: Sequence[Scaling], path: Path) -> None:

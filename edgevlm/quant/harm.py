@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgevlm.evidence.eager import inputs_along
+from edgevlm.evidence.fed import Visual, inputs_along
 from edgevlm.evidence.measures import logits_agreement, sqnr_db
 from edgevlm.model.vlm import Vlm
 from edgevlm.progress import Progress
@@ -65,19 +65,18 @@ class SiteHarm:
 def logits_along(
     model: Vlm,
     cases: Sequence[CalibrationCase],
-    visual: Sequence[Tensor | None] | None = None,
+    visual: Sequence[Visual | None] | None = None,
 ) -> Logits:
     """Logits [len(answer), V] of each case's rows that choose its answer.
 
     `visual` are the rows of each case's pictures, where they are known.
     """
     if visual is None:
-        visual = project_features(model, encode_features(model, cases))
+        visual = project_features(model, cases, encode_features(model, cases))
     found = []
     for case, rows in zip(cases, visual, strict=True):
-        whole, places = inputs_along(model, case.question, rows, case.answer)
-        num_prompt = len(case.question.prompt.token_ids)
-        found.append(model.answer(whole, places, num_prompt).numpy())
+        fed = inputs_along(model, case.question, rows, case.answer)
+        found.append(model.answer(*fed).numpy())
     return found
 
 
@@ -104,7 +103,7 @@ def site_harms(
 ) -> list[SiteHarm]:
     """The harm of every quantized site alone, the worst first."""
     split_alike(float_model, quantized)
-    visual = project_features(float_model, encode_features(float_model, cases))
+    visual = project_features(float_model, cases, encode_features(float_model, cases))
     reference = logits_along(float_model, cases, visual)
     harms = []
     schemes = quantized.spec.schemes

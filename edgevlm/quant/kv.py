@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from edgevlm.errors import PassError
-from edgevlm.model.attention import Attention, AttentionCore, FullCache
-from edgevlm.model.rope import rope_tables
+from edgevlm.evidence.fed import Visual
+from edgevlm.model.attention import Attention, AttentionCore
 from edgevlm.model.spec import KvQuant
 from edgevlm.model.vlm import Decoder, Vlm
 from edgevlm.quant.calibrate import CalibrationCase, decoder_inputs
@@ -47,7 +47,7 @@ class _Seen:
 
 
 def calibrate_cache(
-    model: Vlm, kv: KvQuant, cases: Sequence[CalibrationCase], visual: Sequence[Tensor | None]
+    model: Vlm, kv: KvQuant, cases: Sequence[CalibrationCase], visual: Sequence[Visual | None]
 ) -> None:
     """Give every layer's cache its constant scales; keys are seen after rotary.
 
@@ -72,7 +72,7 @@ def calibrate_cache(
 
 
 def _see_caches(
-    model: Vlm, cases: Sequence[CalibrationCase], visual: Sequence[Tensor | None], step: int
+    model: Vlm, cases: Sequence[CalibrationCase], visual: Sequence[Visual | None], step: int
 ) -> list[tuple[_Seen, _Seen]]:
     """What the keys and the values of every layer are like."""
     seen = [(_Seen(step), _Seen(step)) for _ in model.decoder.layers]
@@ -81,11 +81,11 @@ def _see_caches(
         for found, x in zip(seen[index], (keys, values), strict=True):
             found.note(x[0])
 
-    for rows, places in decoder_inputs(model, cases, visual, answers=True):
-        cos, sin = rope_tables(model.spec.decoder.rope, places)
-        caches = [FullCache(cos, sin, partial(note, index)) for index in range(len(seen))]
+    observers = [partial(note, index) for index in range(len(seen))]
+    for fed in decoder_inputs(model, cases, visual, answers=True):
+        keys = model.whole_keys(fed.positions, observers)
         decoder: Decoder = model.decoder
-        decoder(rows, caches, torch.tensor([0]))
+        decoder(fed.rows, keys, torch.tensor([-1]), fed.pictures)
     return seen
 
 

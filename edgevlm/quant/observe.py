@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from edgevlm.errors import PassError
+from edgevlm.model.spec import VlmSpec
 from edgevlm.model.vlm import Vlm
 from edgevlm.passes.base import Context
 from edgevlm.quant.calibrate import CalibrationCase
@@ -41,9 +42,11 @@ def observe(model: Vlm, observers: Mapping[str, Observer], run: Run) -> None:
             handle.remove()
 
 
-def drawn_cases(context: Context, *, name: str, site: str) -> Sequence[CalibrationCase]:
+def drawn_cases(
+    context: Context, spec: VlmSpec, *, name: str, site: str
+) -> Sequence[CalibrationCase]:
     """The calibration samples of a context; raises PassError of the pass `name` without any."""
-    cases = context.calibration() if context.calibration is not None else ()
+    cases = context.calibration(spec) if context.calibration is not None else ()
     if not cases:
         raise PassError(
             "it is calibrated, and there are no calibration samples",

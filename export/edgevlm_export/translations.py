@@ -24,7 +24,11 @@ _aten = torch.ops.aten
 def translation_table() -> dict[Callable[..., Any], Translation]:
     """Translations by torch op, as `torch.onnx.export` takes them."""
     plain: dict[Callable[..., Any], Translation] = {
+        _aten.arange.default: lambda end, **more: _arange(0, end, **more),
+        _aten.arange.start: _arange,
+        _aten.arange.start_step: _arange,
         _aten.conv2d.default: _conv2d,
+        _aten.full.default: _full,
         _aten.index_select.default: _index_select,
         _aten.slice.Tensor: _slice,
         _aten.split_with_sizes.default: _split_with_sizes,
@@ -67,6 +71,22 @@ def _conv2d(
         group=groups,
         kernel_shape=list(weight.shape[2:]),
     )
+
+
+def _arange(start: Any, end: Any, step: Any = 1, **_: object) -> Any:
+    """Whole numbers, a constant where their end is known."""
+    if all(isinstance(bound, int) for bound in (start, end, step)):
+        return _ints(*range(start, end, step))
+    start, end, step = (
+        opset18.Constant(value_int=bound) if isinstance(bound, int) else bound
+        for bound in (start, end, step)
+    )
+    return opset18.Range(start, end, step)
+
+
+def _full(size: Sequence[int], value: float, **_: object) -> Any:
+    """A float32 constant of one value."""
+    return opset18.Expand(opset18.Constant(value_float=float(value)), _ints(*size))
 
 
 def _index_select(x: Any, dim: int, index: Any) -> Any:

@@ -113,7 +113,7 @@ class Encoder:
                 hint="compile the bundle again",
             )
         if kind in ("question_embeds", "question_weights"):
-            value = _question_rows(tensor, value)
+            value = question_rows(tensor, value)
         return as_input(value, tensor)
 
 
@@ -174,7 +174,7 @@ def _ordered(graphs: Sequence[GraphSpec]) -> list[GraphSpec]:
     return sorted(graphs, key=lambda graph: order.index(graph.name))
 
 
-def _question_rows(tensor: TensorSpec, question: Array) -> Array:
+def question_rows(tensor: TensorSpec, question: Array) -> Array:
     """[1, Q, ..]: all rows; or the last Q where Q is a number, zeros first if there are fewer."""
     num_rows = tensor.shape[1]
     if isinstance(num_rows, str):

@@ -8,8 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from edgevlm.model.attention import AttentionCore, FullCache
-from edgevlm.model.rope import rope_tables
+from edgevlm.model.attention import AttentionCore
 from edgevlm.model.spec import KvQuant, VlmSpec
 from edgevlm.model.vlm import Vlm
 from tests.edgevlm.tiny import drawn
@@ -78,8 +77,8 @@ def _has_ties(model: Vlm) -> bool:
 def seen(model: Vlm) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer for the rows of `rows_of`, before they are rounded."""
     found: list[tuple[Tensor, Tensor]] = []
-    tables = rope_tables(model.spec.decoder.rope, POSITIONS)
-    keys = [FullCache(*tables, observe=lambda k, v: found.append((k, v))) for _ in cores_of(model)]
+    observers = [lambda k, v: found.append((k, v)) for _ in cores_of(model)]
+    keys = model.whole_keys(POSITIONS, observers)
     model.decoder(rows_of(model), keys)
     return found
 

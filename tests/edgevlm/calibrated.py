@@ -59,7 +59,7 @@ def context(
     **more: Any,
 ) -> Context:
     """What a pass may look at, with these calibration samples."""
-    return Context(device=load_device(device), targets=targets, calibration=lambda: cases, **more)
+    return Context(device=load_device(device), targets=targets, calibration=lambda _: cases, **more)
 
 
 def quantized(

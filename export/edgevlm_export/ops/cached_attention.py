@@ -33,7 +33,15 @@ from edgevlm_export.ops.heads import (
     split_packed,
 )
 from edgevlm_export.ops.kv_grid import FLOAT8, kept, numpy_kept, numpy_read, read
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute, static_dims, tensors, torch_op
+from edgevlm_export.ops.op import (
+    MICROSOFT,
+    Op,
+    attribute,
+    last_dim,
+    static_dims,
+    tensors,
+    torch_op,
+)
 from edgevlm_export.ops.prompt_attention import lower_prompt
 from edgevlm_export.ops.rotary import contrib_rotary, numpy_rotated_heads, rotated_heads
 
@@ -153,7 +161,7 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     if kv_dtype and attribute(node, "prompt"):
         return lower_prompt(emit, node, size)
     assert q is not None
-    if cos is not None and (size % 16 or static_dims(cos)[1] % 8):
+    if cos is not None and (size % 16 or last_dim(cos) % 8):
         # The kernel turns no such heads, but takes them turned.
         q, k, v = (q, k, v) if k is not None else split_packed(emit, q, num_heads, num_kv_heads)
         q = contrib_rotary(emit, q, cos, sin, num_heads=num_heads, size=size)

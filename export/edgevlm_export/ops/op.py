@@ -126,6 +126,13 @@ def dims(value: ir.Value | None) -> tuple[int | str, ...]:
     return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
 
 
+def last_dim(value: ir.Value | None) -> int:
+    """The last dimension of a value, which is a number."""
+    size = dims(value)[-1]
+    assert isinstance(size, int), f"{value} has a dynamic last dimension"
+    return size
+
+
 def static_dims(value: ir.Value | None) -> tuple[int, ...]:
     """The shape of a value whose dimensions are all numbers."""
     shape = dims(value)

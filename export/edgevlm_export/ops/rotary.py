@@ -22,7 +22,15 @@ from edgevlm_export.ops.heads import (
     to_heads,
     unpack,
 )
-from edgevlm_export.ops.op import MICROSOFT, Op, attribute, dims, static_dims, torch_op
+from edgevlm_export.ops.op import (
+    MICROSOFT,
+    Op,
+    attribute,
+    dims,
+    last_dim,
+    static_dims,
+    torch_op,
+)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ def standard_rotary(
     size: int,
 ) -> ir.Value:
     """Rotate x [1, T, H*D] in standard ops; the result keeps its heads apart: [1, T, H, D]."""
-    pairs = static_dims(cos)[-1]
+    pairs = last_dim(cos)
     heads = emit.one("Reshape", x, emit.ints(1, rows, num_heads, size), part="heads")
     sizes = [pairs, pairs, size - 2 * pairs]
     sizes = sizes if sizes[-1] else sizes[:2]
@@ -140,7 +148,7 @@ def contrib_rotary(
     size: int,
 ) -> ir.Value:
     """Rotate x [B, T, H*D] with the fused op, row r by row r of the tables."""
-    pairs = static_dims(cos)[-1]
+    pairs = last_dim(cos)
     return emit.one(
         "RotaryEmbedding",
         x,

@@ -79,14 +79,15 @@ def in_steps(model: Vlm, form: str, ends: list[int]) -> Tensor:
         cos, sin = rope_tables(model.spec.decoder.rope, POSITIONS[start:end])
         wanted = torch.arange(count)
         if form == "inplace":
-            step = InplaceStep(model.decoder)
+            plan = inplace_plan(tiny_spec(), CAPACITY)
+            step = InplaceStep(model, model.decoder, plan, prompt=False)
             lengths = torch.tensor([end - 1], dtype=torch.int32), torch.tensor(end)
             out, *past = step(rows[:, start:end], cos, sin, *lengths, wanted, *past)
         else:
             mask = torch.full((count, CAPACITY + count), CLOSED)
             mask[:, :start] = 0
             mask[:, CAPACITY:] = causal_mask(count, count, closed=CLOSED)
-            delta = DeltaStep(model.decoder)
+            delta = DeltaStep(model, model.decoder, delta_plan(tiny_spec(), CAPACITY, count))
             out, *news = delta(rows[:, start:end], cos, sin, mask[None, None], wanted, *past)
             for buffer, new in zip(past, news, strict=True):
                 assert buffer.dtype == new.dtype

@@ -79,9 +79,9 @@ def inputs_of(
         for site in sites
     ]
     with torch.no_grad():
-        visual = project_features(model, encode_features(model, cases))
-        for rows, places in decoder_inputs(model, cases, visual, answers=True):
-            model(rows, places)
+        visual = project_features(model, cases, encode_features(model, cases))
+        for fed in decoder_inputs(model, cases, visual, answers=True):
+            model(fed.rows, fed.positions)
     for handle in handles:
         handle.remove()
     return {site: np.concatenate(rows) for site, rows in found.items()}

@@ -1,0 +1,139 @@
+"""What our model in torch is fed for a question: visual tokens, rows, positions, and who asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgevlm.evidence.witness import Question
+from edgevlm.model.stages import Asking, Pictures, token_offsets
+from edgevlm.model.vlm import Vlm
+from edgevlm.reduce.seq import VisSeq
+from edgevlm_runtime.positions import placed_positions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visual:
+    """The visual tokens of a prompt: for each call of the vision graph rows [k, W].
+
+    `offsets` [k, A] say how far they stand behind the beginning of their picture, where they do not
+    follow each other; they are empty where they do.
+    """
+
+    rows: tuple[Tensor, ...]
+    offsets: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[NDArray[np.float32]], offsets: Sequence[NDArray[np.float32]]
+    ) -> Visual:
+        """Those that a witness holds."""
+        return cls(
+            rows=tuple(torch.from_numpy(x) for x in rows),
+            offsets=tuple(torch.from_numpy(x) for x in offsets),
+        )
+
+
+class Fed(NamedTuple):
+    """Rows [1, T, W] and their positions, how many are the prompt's, and where pictures stand."""
+
+    rows: Tensor
+    positions: Tensor
+    num_prompt: int
+    pictures: Pictures | None
+
+
+def visual_of(model: Vlm, calls: Sequence[tuple[VisSeq[Tensor], tuple[int, int]]]) -> Visual | None:
+    """What calls for pictures of some grids made, None without pictures."""
+    if not calls:
+        return None
+    rows, offsets = [], []
+    for tokens, grid in calls:
+        rows.append(tokens.features.flatten(0, -2))
+        if model.spec.moves_positions(grid):
+            offsets.append(token_offsets(model.spec, grid, tokens.places).flatten(0, -2))
+    return Visual(rows=tuple(rows), offsets=tuple(offsets))
+
+
+def arrays_of(visual: Visual | None) -> tuple[NDArray[np.float32], ...]:
+    """Its rows as arrays, none without pictures."""
+    return () if visual is None else tuple(x.numpy() for x in visual.rows)
+
+
+def pixels_of(feed: Mapping[str, NDArray[Any]]) -> Tensor:
+    """Pixels of one call: [1, C, H, W], or [1, P, values], which a feed has without its axis 0."""
+    pixels = torch.from_numpy(feed["pixels"])
+    return pixels if pixels.ndim == 4 else pixels[None]
+
+
+def asking_of(model: Vlm, question: Question) -> Asking:
+    """The text rows of a prompt, which a vision graph may be shown."""
+    prompt = question.prompt
+    is_text = np.ones(len(prompt.token_ids), bool)
+    is_text[prompt.image_rows] = False
+    rows = model.embedding(torch.from_numpy(prompt.token_ids[is_text]))[None]
+    weights = {
+        kind: torch.from_numpy(given[is_text])[None] for kind, given in prompt.row_weights.items()
+    }
+    return Asking(rows=rows, weights=weights)
+
+
+def positions(
+    question: Question, num_answered: int, rule: str = "sequential", visual: Visual | None = None
+) -> Tensor:
+    """Positions [T + A] or [axes, T + A] of a prompt and the first A tokens of its answer.
+
+    `visual` are the prompt's visual tokens, whose positions may have moved by the bundle's rule.
+    """
+    prompt = question.prompt
+    found, start = prompt.positions, prompt.next_position
+    if visual is not None and visual.offsets:
+        found, start = placed_positions(
+            len(prompt.token_ids),
+            prompt.image_rows,
+            [image.layout for image in question.images],
+            rule,
+            [x.numpy() for x in visual.offsets],
+        )
+    placed = torch.from_numpy(found)
+    answered = torch.arange(num_answered) + start
+    return torch.cat([placed, answered.expand(*placed.shape[:-1], num_answered)], dim=-1)
+
+
+def inputs_along(
+    model: Vlm, question: Question, visual: Visual | None, answer: Sequence[int]
+) -> Fed:
+    """A prompt with these visual tokens and an answer, whose last token is chosen and never fed."""
+    prompt = question.prompt
+    seen = None if visual is None else torch.cat(visual.rows)
+    rows = model.embed(torch.from_numpy(prompt.token_ids), seen)
+    fed = torch.tensor(answer[:-1], dtype=torch.long)
+    return Fed(
+        rows=torch.cat([rows, model.embedding(fed)[None]], dim=1),
+        positions=positions(question, len(fed), model.spec.text.get("positions", ""), visual),
+        num_prompt=len(prompt.token_ids),
+        pictures=_pictures(question, len(fed)),
+    )
+
+
+def _pictures(question: Question, num_answered: int) -> Pictures | None:
+    """Where the pictures of a prompt stand; an answer behind it does not ask."""
+    prompt = question.prompt
+    if not len(prompt.picture_rows):
+        return None
+    none = torch.zeros(num_answered)
+    weights = {
+        kind: torch.cat([torch.from_numpy(given), none])[None]
+        for kind, given in prompt.row_weights.items()
+    }
+    return Pictures(
+        starts=torch.from_numpy(prompt.picture_rows),
+        last=torch.tensor([len(prompt.token_ids) - 1]),
+        weights=weights,
+    )

@@ -1,0 +1,270 @@
+"""The stages of a reduction as modules, so that what they compute has a site and is captured.
+
+A stage has no weights of its own unless its pieces are learned ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from edgevlm.model.attention import Watched
+from edgevlm.model.spec import AttentionSpec, VlmSpec
+from edgevlm.reduce.apply import apply_stage, chosen_rows
+from edgevlm.reduce.piece import Site
+from edgevlm.reduce.plan import Stage
+from edgevlm.reduce.seq import Probe, VisSeq
+from edgevlm.reduce.view import Call, View
+from edgevlm_export.ops import kept_rows
+
+Grid = tuple[int, int]
+NEVER = -1e9
+"""A likeness that softmax makes nothing of."""
+
+
+class StageModule(nn.Module):
+    """One stage, for every patch grid of the model."""
+
+    def __init__(self, stages: Mapping[Grid, Stage]) -> None:
+        """Hold the stage as it was sized for each grid."""
+        super().__init__()
+        self.stages = dict(stages)
+
+    def stage(self, grid: Grid | None = None) -> Stage:
+        """The stage of a grid; of any, where it is the same for all."""
+        return next(iter(self.stages.values())) if grid is None else self.stages[grid]
+
+    def forward(self, view: View[Tensor], grid: Grid | None = None) -> VisSeq[Tensor]:
+        """The tokens that leave."""
+        return apply_stage(self.stage(grid), view)
+
+
+def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
+    """The stages at some sites, in order; none where the model has no reduction."""
+    reduction = spec.reduction
+    if reduction is None:
+        return nn.ModuleList()
+    by_grid = {grid: reduction.of(grid, *sites) for grid, _ in reduction.stages}
+    count = max(len(stages) for stages in by_grid.values())
+    return nn.ModuleList(
+        StageModule({grid: stages[index] for grid, stages in by_grid.items()})
+        for index in range(count)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What a vision encoder makes of pictures, with what later stages may look at.
+
+    `tokens` are the features [N, rows, out_width]; `probes` the queries and keys of the layers that
+    stages look at.
+    """
+
+    tokens: VisSeq[Tensor]
+    probes: Mapping[int | str, Probe[Tensor]]
+
+
+def probe_of(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    *,
+    first: int = 0,
+    class_row: int | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
+    order: Tensor | None = None,
+) -> Probe[Tensor]:
+    """A probe of a layer's queries and keys."""
+    cos, sin = (None, None) if angles is None else angles
+    return Probe(
+        q=q,
+        k=k,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        scale=spec.scale,
+        first=first,
+        class_row=class_row,
+        cos=cos,
+        sin=sin,
+        order=order,
+    )
+
+
+def watched_probe(
+    spec: AttentionSpec,
+    watched: Watched,
+    *,
+    first: int,
+    class_row: int | None,
+    order: Tensor | None,
+) -> Probe[Tensor]:
+    """The probe of a layer that was watched."""
+    assert watched.q is not None
+    assert watched.k is not None
+    return probe_of(spec, watched.q, watched.k, first=first, class_row=class_row, order=order)
+
+
+def in_raster(features: Tensor, grid: Grid | None) -> VisSeq[Tensor]:
+    """Tokens that nothing has been done to."""
+    batch, count, _ = features.shape
+    return VisSeq(features=features, places=torch.arange(count).expand(batch, count), grid=grid)
+
+
+def run_stages(modules: nn.ModuleList, view: View[Tensor], grid: Grid) -> VisSeq[Tensor]:
+    """Pass tokens through the stages of a site, one after the other."""
+    for module in modules:
+        assert isinstance(module, StageModule)
+        tokens = module(view, grid)
+        # Scores of patches that are gone have no rows: later stages of a site see tokens alone.
+        view = replace(view, tokens=tokens, probes={}, squares=None)
+    return view.tokens
+
+
+def watched_layers(spec: VlmSpec) -> frozenset[int]:
+    """The encoder layers that stages look at, counted from 0."""
+    if spec.reduction is None:
+        return frozenset()
+    stages = [stage for _, stages in spec.reduction.stages for stage in stages]
+    asked = frozenset[int]().union(*(stage.layers for stage in stages))
+    return frozenset(layer % len(spec.vision.layers) for layer in asked)
+
+
+def squares_of(spec: VlmSpec, grid: Grid) -> Tensor | None:
+    """The patches [N, m * m] that each visual token is made of; None where it is one of them."""
+    merge = spec.projector.merge
+    if merge == 1:
+        return None
+    patches = torch.arange(grid[0] * grid[1])
+    if spec.vision.pixels == "patches":
+        return patches.reshape(-1, merge**2)
+    squares = patches.reshape(grid[0] // merge, merge, grid[1] // merge, merge)
+    return squares.transpose(1, 2).reshape(-1, merge**2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """The text rows of a prompt [1, Q, W], and by kind how much each asks [1, Q]."""
+
+    rows: Tensor
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def project(
+    spec: VlmSpec,
+    projector: nn.Module,
+    stages: nn.ModuleList,
+    seen: Seen,
+    grid: Grid,
+    question: Asking | None,
+) -> VisSeq[Tensor]:
+    """What a vision encoder saw in pictures of a grid, as rows of the decoder [N, tokens, W]."""
+    encoded = seen.tokens
+    rows = projector(encoded.features, encoded.grid or grid)
+    if spec.projector.merge == 1:
+        tokens = replace(encoded, features=rows)
+    else:
+        tokens = in_raster(rows, spec.token_grid(grid))
+    view = View(
+        tokens=tokens,
+        probes=seen.probes,
+        encoded=encoded.features,
+        squares=squares_of(spec, grid),
+        question=None if question is None else question.rows,
+        asked={} if question is None else question.weights,
+    )
+    return run_stages(stages, view, grid)
+
+
+def token_offsets(spec: VlmSpec, grid: Grid, places: Tensor) -> Tensor:
+    """How far tokens [N, k] stand behind the beginning of their picture: [N, k, A] for A axes."""
+    if not spec.decoder.rope.sections:
+        return places[..., None].to(torch.float32)
+    shape = spec.token_grid(grid)
+    assert shape is not None, "three axes are those of a grid"
+    columns = shape[1]
+    axes = (places * 0, places // columns, places % columns)
+    return torch.stack(axes, -1).to(torch.float32)
+
+
+def visual_tokens(call: Call[Tensor], stage: Stage) -> VisSeq[Tensor]:
+    """The visual tokens [P, N, W] that stand in the rows of a call before a stage."""
+    count = stage.count_in
+    rows = call.starts[:, None] + torch.arange(count)
+    features = call.rows[0].index_select(0, rows.flatten()).unflatten(0, (-1, count))
+    places = torch.arange(count).expand(features.shape[0], count)
+    return VisSeq(features=features, places=places, grid=stage.grid_in)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pictures:
+    """Where visual tokens stand in a prompt, and which of its rows ask about them.
+
+    `starts` [P] int64 are the rows where picture groups begin, `last` [1] is the prompt's last row,
+    and `weights` [1, T] by kind (`text`, `question`, `words`) how much each row asks.
+    """
+
+    starts: Tensor
+    last: Tensor
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def call(self, rows: Tensor) -> Call[Tensor]:
+        """With the rows [1, T, W] that enter a layer."""
+        return Call(rows=rows, starts=self.starts, last=self.last, weights=self.weights)
+
+    def narrowed(self, rows: Tensor, dropped: int) -> Pictures:
+        """After all rows but some are taken away, `dropped` of each picture group."""
+        before = torch.arange(self.starts.shape[0]) * dropped
+        return Pictures(
+            starts=self.starts - before,
+            last=self.last - self.starts.shape[0] * dropped,
+            weights={kind: given.index_select(1, rows) for kind, given in self.weights.items()},
+        )
+
+    def with_raters(self, rows: Tensor, count: int) -> Pictures:
+        """With the weights of the words that look at the pictures most (SparseVLM).
+
+        A visual token looks at words as their embeddings `rows` [1, T, W] are alike; words that get
+        more than an even share of all looks ask, alike.
+        """
+        asked = self.weights["question"]
+        places = (self.starts[:, None] + torch.arange(count)).flatten()
+        likeness = rows[0].index_select(0, places) @ rows[0].mT
+        likeness = torch.where(asked > 0, likeness, NEVER)
+        looks = likeness.softmax(-1).mean(0, keepdim=True) * asked.sum()
+        return replace(self, weights={**self.weights, "raters": (looks > 1.0).to(rows.dtype)})
+
+
+class CutModule(nn.Module):
+    """A stage between two layers of the decoder: which rows of a call go on."""
+
+    def __init__(self, stage: Stage) -> None:
+        """Hold the stage, which is the same for every grid."""
+        super().__init__()
+        self.stage = stage
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it looks at what the layer before it attended with."""
+        return any(piece.looks_back for piece in self.stage.pieces)
+
+    @property
+    def looks_here(self) -> bool:
+        """Whether it looks at what the layer behind it would attend with."""
+        return any(piece.looks_here for piece in self.stage.pieces)
+
+    def forward(self, view: View[Tensor]) -> Tensor:
+        """Rows [T'] of the call that go on."""
+        stage, call = self.stage, view.call
+        assert call is not None
+        _, kept = chosen_rows(stage, view)
+        return kept_rows(kept, call.starts, call.rows, stage.count_in)
+
+
+def cut_modules(spec: VlmSpec) -> nn.ModuleList:
+    """The stages within the decoder."""
+    reduction = spec.reduction
+    cuts = () if reduction is None else reduction.cuts
+    return nn.ModuleList(CutModule(stage) for stage in cuts)

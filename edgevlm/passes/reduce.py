@@ -1,0 +1,184 @@
+"""Take visual tokens away: a published method at a budget, or stages composed in the recipe.
+
+    - reduce: {method: visionzip, keep: 0.25}
+    - reduce:
+        stages:
+          - {at: projector, keep: 64, select: spread}
+
+`keep` is the average of visual tokens over the layers of the decoder, as a share or a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+
+from edgevlm.document import Complaint, show, suggest
+from edgevlm.errors import PassError
+from edgevlm.passes.base import Change, Context, Foresight, Pass
+from edgevlm.reduce.catalogue import load_method, method_names
+from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.solve import Problem, solve
+
+if TYPE_CHECKING:
+    from edgevlm.model.spec import VlmSpec
+    from edgevlm.model.vlm import Vlm
+    from edgevlm.reduce.plan import Stage
+
+
+def _budget(value: object) -> int | float:
+    """A share up to 1, or a number of tokens."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Complaint(f"keep must be a share or a number of tokens, got {show(value)}")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise Complaint(
+            f"a share of tokens must be above 0 and at most 1, got {show(value)}",
+            hint="write a whole number of tokens without a point",
+        )
+    if isinstance(value, int) and value < 1:
+        raise Complaint(f"keep must be at least one token, got {show(value)}")
+    return value
+
+
+Budget = Annotated[
+    int | float,
+    PlainValidator(_budget),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+            ]
+        }
+    ),
+]
+
+
+class Reduce(Pass):
+    """Fewer visual tokens: a method at a budget, or stages."""
+
+    name: ClassVar[str] = "reduce"
+
+    method: str | None = Field(None, description="A published method.")
+    keep: Budget | None = Field(
+        None,
+        description="Visual tokens on average over the decoder's layers: a share, or a number.",
+    )
+    stages: tuple[StageOptions, ...] = Field(
+        (), description="The stages themselves, in the order in which tokens pass them."
+    )
+    pictures: int = Field(
+        2,
+        ge=1,
+        le=8,
+        description="Pictures (or tiles) of one prompt, at most, where graphs have fixed shapes.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_one_thing(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        if (data.get("method") is None) == (not data.get("stages")):
+            raise Complaint(
+                "a reduction has either a method or stages",
+                hint=f"write method: {method_names()[0]}, or stages",
+            )
+        method = data.get("method")
+        if isinstance(method, str) and method not in method_names():
+            hint = suggest(method, method_names())
+            raise Complaint(f"unknown method {method!r}", hint=hint, key="method")
+        return data
+
+    @property
+    def asked_stages(self) -> tuple[StageOptions, ...]:
+        """The stages of the method, or those of the recipe."""
+        return self.stages if self.method is None else load_method(self.method).stages
+
+    def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
+        """Every stage sized, and what becomes of what it asks."""
+        from edgevlm.reduce.check import decisions_of, problems_of
+
+        if spec.reduction is not None:
+            raise PassError(
+                "visual tokens are taken away already", name=self.name, hint="make one of the two"
+            )
+        if spec.is_quantized:
+            raise PassError(
+                "the model is quantized already, on activations that would no longer come",
+                name=self.name,
+                hint="put reduce before quantize",
+            )
+        problem = Problem(
+            spec=spec,
+            stages=self.asked_stages,
+            budget=self.keep,
+            method=self.method,
+            pictures=self.pictures,
+        )
+        try:
+            problems_of(problem)
+            reduction = solve(problem)
+        except Complaint as complaint:
+            raise PassError(complaint.message, name=self.name, hint=complaint.hint) from None
+        after = replace(spec, reduction=reduction)
+        after = replace(after, image=_image_section(after))
+        return Foresight(
+            spec=after,
+            effect=effect_of(after),
+            decisions=tuple(decisions_of(problem, after, context)),
+        )
+
+    def apply(self, model: Vlm, context: Context) -> Change:
+        """Put the stages at their sites."""
+        after = self.foresee(model.spec, context).spec
+        model.stage(after)
+        assert after.reduction is not None
+        grid, stages = after.reduction.stages[0]
+        return Change(
+            sites=tuple(dict.fromkeys(site_of(stage) for stage in stages)),
+            measures={
+                "visual_tokens_before": after.dense_tokens(grid),
+                "visual_tokens": _average(after),
+            },
+        )
+
+
+def site_of(stage: Stage) -> str:
+    """The name of the place of a stage."""
+    if stage.at in ("decoder", "encoder.layers"):
+        part = "decoder" if stage.at == "decoder" else "vision"
+        return f"{part}.layers.{stage.layer}"
+    return "projector" if stage.at == "projector" else "vision"
+
+
+def effect_of(spec: VlmSpec) -> str:
+    """How many tokens are left, in a line."""
+    grid = spec.vision.grids[0]
+    return f"{spec.dense_tokens(grid)} visual tokens become {_average(spec):.4g} on average"
+
+
+def _average(spec: VlmSpec) -> float:
+    from edgevlm.reduce.plan import average_tokens
+
+    return average_tokens(spec.segments)
+
+
+def _image_section(spec: VlmSpec) -> dict[str, Any]:
+    """The manifest's image section: how many tokens a picture has now, and where they stand."""
+    grids = spec.vision.grids
+    section = {**spec.image, "tokens": [spec.image_tokens(grid) for grid in grids]}
+    if any(spec.moves_positions(grid) for grid in grids):
+        section["spans"] = [float(_span(spec, grid)) for grid in grids]
+    return section
+
+
+def _span(spec: VlmSpec, grid: tuple[int, int]) -> int:
+    """How far a picture moves the position of what follows it: as far as it did whole."""
+    shape = spec.token_grid(grid)
+    if spec.decoder.rope.sections and shape is not None:
+        return max(shape)
+    return spec.dense_tokens(grid)

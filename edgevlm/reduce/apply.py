@@ -1,0 +1,125 @@
+"""What a stage does with the tokens it is shown, in torch, and the same by definition in numpy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgevlm.reduce.plan import Stage
+from edgevlm.reduce.seq import VisSeq
+from edgevlm.reduce.view import View, picked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
+    """The tokens that leave a stage; the way is the same where all of them do."""
+    from edgevlm_export.ops import take_rows
+
+    tokens = view.tokens
+    if stage.transform is not None:
+        return _transformed(stage, tokens)
+    if stage.merge is not None:
+        return stage.merge.torch(view, stage.count_out)
+    scores, kept = chosen_rows(stage, view)
+    if stage.rest is not None and stage.extra:
+        assert scores is not None, "checked when the stage was sized"
+        made = stage.rest.torch(view, scores, kept, stage.extra)
+        return VisSeq(
+            features=made.features,
+            places=picked(tokens.places, made.places, dense=view.dense),
+            sizes=made.sizes,
+            grid=stage.grid_out,
+        )
+    return VisSeq(
+        features=take_rows(tokens.features, kept, view.dense),
+        places=picked(tokens.places, kept, dense=view.dense),
+        grid=stage.grid_out,
+    )
+
+
+def chosen_rows(stage: Stage, view: View[Tensor]) -> tuple[Tensor | None, Tensor]:
+    """Scores [B, N] where there are any, and rows [B, k] of the tokens that a stage selects."""
+    assert stage.select is not None, "a stage has a verb"
+    scores = None if stage.score is None else stage.score.torch(view)
+    return scores, stage.select.torch(view, scores, stage.count_out - stage.extra)
+
+
+def _transformed(stage: Stage, tokens: VisSeq[Tensor]) -> VisSeq[Tensor]:
+    """Both sides of the grid mapped: [B, h, w, C] to [B, h', w', C]."""
+    import torch
+
+    down, across = _matrices(stage)
+    assert stage.grid_in is not None
+    assert stage.grid_out is not None
+    x = tokens.features
+    width = x.shape[-1]
+    rows = torch.from_numpy(down.astype(np.float32)) @ x.reshape(
+        -1, stage.grid_in[0], stage.grid_in[1] * width
+    )
+    cells = rows.reshape(-1, stage.grid_in[1], width)
+    cells = torch.from_numpy(across.astype(np.float32)) @ cells
+    return VisSeq(
+        features=cells.reshape(-1, stage.count_out, width),
+        places=torch.from_numpy(_centres(stage)).expand(x.shape[0], stage.count_out),
+        grid=stage.grid_out,
+    )
+
+
+def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray]:
+    """The twin of `apply_stage`."""
+    tokens = view.tokens
+    if stage.transform is not None:
+        return _numpy_transformed(stage, tokens)
+    if stage.merge is not None:
+        return stage.merge.numpy(view, stage.count_out)
+    assert stage.select is not None, "a stage has a verb"
+    scores = None if stage.score is None else stage.score.numpy(view)
+    kept = stage.select.numpy(view, scores, stage.count_out - stage.extra)
+    if stage.rest is not None and stage.extra:
+        assert scores is not None, "checked when the stage was sized"
+        made = stage.rest.numpy(view, scores, kept, stage.extra)
+        places = np.take_along_axis(tokens.places, made.places, 1)
+        return VisSeq(features=made.features, places=places, sizes=made.sizes, grid=stage.grid_out)
+    return VisSeq(
+        features=np.take_along_axis(tokens.features, kept[..., None], 1),
+        places=np.take_along_axis(tokens.places, kept, 1),
+        grid=stage.grid_out,
+    )
+
+
+def _numpy_transformed(stage: Stage, tokens: VisSeq[np.ndarray]) -> VisSeq[np.ndarray]:
+    """One matrix of the whole grid, the Kronecker product of both sides'."""
+    down, across = _matrices(stage)
+    whole = np.kron(down, across)
+    return VisSeq(
+        features=np.einsum("kn,bnc->bkc", whole, tokens.features),
+        places=np.tile(_centres(stage), (len(tokens.features), 1)),
+        grid=stage.grid_out,
+    )
+
+
+def _matrices(stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+    """The maps of the two sides."""
+    assert stage.transform is not None
+    assert stage.grid_in is not None
+    assert stage.grid_out is not None
+    height, width = (
+        stage.transform.matrix(old, new)
+        for old, new in zip(stage.grid_in, stage.grid_out, strict=True)
+    )
+    return height, width
+
+
+def _centres(stage: Stage) -> np.ndarray:
+    """The tokens that those of the new grid stand for: [k] int64, where their middles lie."""
+    assert stage.grid_in is not None
+    assert stage.grid_out is not None
+    down, across = (
+        (2 * np.arange(new) + 1) * old // (2 * new)
+        for old, new in zip(stage.grid_in, stage.grid_out, strict=True)
+    )
+    found: np.ndarray = (down[:, None] * stage.grid_in[1] + across).ravel().astype(np.int64)
+    return found

@@ -1,0 +1,35 @@
+"""The published methods, each a composition of pieces in a file of `methods/`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field
+
+from edgevlm.document import Options, read
+from edgevlm.reduce.options import StageOptions
+
+__all__ = ["Method", "load_method", "method_names"]
+
+_FOLDER = Path(__file__).parent / "methods"
+
+
+class Method(Options):
+    """A named composition."""
+
+    summary: str = Field(min_length=1, description="What it does, in a line.")
+    source: str = Field(min_length=1, description="The paper or project it is from.")
+    notes: tuple[str, ...] = Field((), description="Where this form differs from the published.")
+    stages: tuple[StageOptions, ...] = Field(min_length=1)
+
+
+def method_names() -> tuple[str, ...]:
+    """The methods there are."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+@lru_cache
+def load_method(name: str) -> Method:
+    """Read a method by its name."""
+    return read(_FOLDER / f"{name}.yaml").parse(Method)

@@ -1,0 +1,152 @@
+"""What a model, a device and a target make of stages: applied, degraded or refused, with reasons.
+
+What cannot be done at all is a Complaint, which names the stage and the remedy; what is done in
+another way than asked is a decision that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from edgevlm.decisions import Decision
+from edgevlm.document import Complaint
+from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.solve import Problem, layer_of
+
+if TYPE_CHECKING:
+    from edgevlm.model.spec import VlmSpec
+    from edgevlm.passes.base import Context
+
+MIXERS = ("attention",)
+
+
+def problems_of(problem: Problem) -> None:
+    """Raise Complaint for the first stage that this model has no place for."""
+    spec, stages = problem.spec, problem.stages
+    is_whole = True
+    for number, stage in enumerate(stages, 1):
+        try:
+            _check_site(spec, stage)
+            _check_needs(spec, stage, is_whole=is_whole)
+        except Complaint as complaint:
+            message = f"stage {number}: {complaint.message}"
+            raise Complaint(message, hint=complaint.hint) from None
+        is_whole = False
+
+
+def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
+    """A stage needs tokens that can be taken one by one where it stands."""
+    if stage.at == "decoder":
+        layer = layer_of(stage, len(spec.decoder.layers))
+        for index, later in enumerate(spec.decoder.layers[layer:], layer):
+            if later.mixer not in MIXERS:
+                raise Complaint(
+                    f"decoder.layers.{index} is {later.mixer!r}, whose state stands for rows in "
+                    "their order",
+                    hint="put the stage at projector, before the decoder",
+                )
+        if len(spec.vision.grids) > 1:
+            raise Complaint(
+                f"pictures come in {len(spec.vision.grids)} grids, and a cut in the decoder takes "
+                "one number of tokens",
+                hint="name one grid in image.grids, or put the stage at projector",
+            )
+    merge = spec.projector.merge
+    takes_patches = stage.at == "encoder.layers" or (
+        stage.at == "encoder" and stage.transform is None
+    )
+    if merge > 1 and takes_patches:
+        raise Complaint(
+            f"the projector joins squares of {merge} x {merge} patches, which are gone when "
+            f"patches are taken at {stage.at}",
+            hint="put the stage at projector",
+        )
+    if stage.at == "encoder.layers":
+        if spec.vision.position == "rotary":
+            raise Complaint(
+                "patches of this encoder turn with their places in every layer, and merged ones "
+                "have none",
+                hint="put the stage at projector",
+            )
+        last = len(spec.vision.layers)
+        if spec.vision.feature_layers != (last,):
+            raise Complaint(
+                f"features of layers {', '.join(map(str, spec.vision.feature_layers))} leave the "
+                "encoder, and their patches would no longer be the same",
+                hint="put the stage at encoder",
+            )
+
+
+def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
+    """What pieces look at must be there."""
+    if "class" in stage.needs and not spec.vision.class_token:
+        raise Complaint(
+            "it scores by the attention of the class token, and this encoder has none",
+            hint="add instead: all, which takes what every patch gives",
+        )
+    if "question" in stage.needs and stage.at not in ("projector", "decoder"):
+        raise Complaint(
+            f"it looks at the question, which is not there at {stage.at}",
+            hint="put the stage at projector or in the decoder",
+        )
+    is_late = stage.at in ("encoder", "projector")
+    if is_late and "attention" in stage.needs and not is_whole:
+        raise Complaint(
+            "it looks at attention over all patches, of which a stage before it took some",
+            hint="put it first, or choose a piece that looks at tokens alone",
+        )
+    asked = {layer for piece in stage.pieces for layer in piece.layers}
+    for layer in sorted(asked):
+        if layer < -len(spec.vision.layers):
+            raise Complaint(
+                f"it looks at layer {layer} of an encoder of {len(spec.vision.layers)}",
+                hint=f"choose from -{len(spec.vision.layers)} to -1",
+            )
+        if spec.vision.layers[layer].mixer != "attention":
+            full = [
+                index - len(spec.vision.layers)
+                for index, other in enumerate(spec.vision.layers)
+                if other.mixer == "attention"
+            ]
+            raise Complaint(
+                f"it looks at layer {layer} of the encoder, whose patches see their own window",
+                hint=f"choose {', '.join(map(str, full))}",
+            )
+
+
+def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator[Decision]:
+    """What became of every stage."""
+    assert after.reduction is not None
+    _, stages = after.reduction.stages[0]
+    sized = iter(stages)
+    for number, options in enumerate(problem.stages, 1):
+        parts = [next(sized)]
+        while options.at == "encoder.layers" and parts[-1].layer != len(after.vision.layers) - 1:
+            parts.append(next(sized))
+        first, last = parts[0], parts[-1]
+        what = "+".join(piece.name for piece in options.pieces)
+        site = f"decoder.layers.{last.layer}" if last.at == "decoder" else last.at
+        yield Decision(
+            asked=f"stage {number}, {what} at {site}",
+            outcome="applied",
+            reason=f"class {max(piece.static_class for piece in options.pieces)}",
+            effect=f"{first.count_in} tokens become {last.count_out}",
+        )
+        if options.score is not None and not after.vision.class_token:
+            by, instead = (getattr(options.score, key, None) for key in ("by", "instead"))
+            if by == "class" and instead is not None:
+                yield Decision(
+                    asked=f"stage {number}, attention of the class token",
+                    outcome="degraded",
+                    reason="this encoder has none",
+                    effect="tokens are scored by the attention they get from all patches",
+                )
+    if any("question" in stage.needs or stage.at == "decoder" for stage in stages):
+        yield Decision(
+            asked="turns after the first",
+            outcome="degraded",
+            reason="tokens are chosen by the question",
+            effect="a session chooses anew for every prompt; a decoder that is extended keeps the "
+            "tokens of its first question",
+        )

@@ -1,0 +1,1 @@
+"""Merges: tokens that are alike become one, one per file."""

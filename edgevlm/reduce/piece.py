@@ -1,0 +1,211 @@
+"""What a piece is, and the registry that recipes look names up in.
+
+A piece is its options: a frozen model whose `name` is its key in a recipe. Reading one needs no
+torch; `torch` below is the function that runs and is exported, `numpy` its twin by definition.
+
+Static classes (`static_class`), which say what a target must be able to do:
+
+    S0  a linear map that depends on no data         S3  a mask or positions of a fixed shape
+    S1  a choice that depends on data, fixed in      D1  a number of tokens that depends on data:
+        number: TopK and Gather                          refused without calibration
+    S2  a loop of a fixed number of steps            D2  control by the host, between two graphs
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    create_model,
+    model_validator,
+)
+
+from edgevlm.document import Complaint, Options, show
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from edgevlm.reduce.seq import VisSeq
+    from edgevlm.reduce.view import View
+
+__all__ = ["Piece", "Scorer", "StaticClass", "named", "plugins"]
+
+StaticClass = Literal["S0", "S1", "S2", "S3", "D1", "D2"]
+Site = Literal["input", "encoder.layers", "encoder", "projector", "decoder"]
+SITES: tuple[Site, ...] = ("input", "encoder.layers", "encoder", "projector", "decoder")
+"""Where a stage may stand, in the order in which tokens pass."""
+
+PieceT = TypeVar("PieceT", bound="Piece")
+
+
+class Piece(Options):
+    """One named part of a stage.
+
+    `sites` are those it can stand at. `needs` are what it looks at besides the tokens: `class`
+    (a class token), `attention` (queries and keys of a layer), `question` (text rows), `grid`
+    (tokens in raster order on a whole grid).
+    """
+
+    name: ClassVar[str]
+    static_class: ClassVar[StaticClass]
+    sites: ClassVar[tuple[Site, ...]] = SITES
+    source: ClassVar[str] = ""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it looks at besides the tokens."""
+        return frozenset()
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers of the encoder whose queries and keys it looks at, -1 for the last."""
+        return frozenset()
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it looks at queries and keys of the decoder layer before it."""
+        return False
+
+    @property
+    def looks_here(self) -> bool:
+        """Whether it looks at those of the decoder layer behind it."""
+        return False
+
+
+class Scorer(Piece):
+    """A number for each token: the larger, the rather it is kept."""
+
+    def torch(self, view: View[Tensor]) -> Tensor:
+        """Scores [B, N] float32."""
+        raise NotImplementedError
+
+    def numpy(self, view: View[np.ndarray]) -> np.ndarray:
+        """The twin of `torch`."""
+        raise NotImplementedError
+
+
+class Choice(Piece):
+    """A selector: which tokens are kept, a fixed number of them."""
+
+    def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
+        """Rows [B, count] int64 of the tokens kept, ascending."""
+        raise NotImplementedError
+
+    def numpy(self, view: View[np.ndarray], scores: np.ndarray | None, count: int) -> np.ndarray:
+        """The twin of `torch`."""
+        raise NotImplementedError
+
+
+class Rest(Piece):
+    """What becomes of the tokens that were not chosen, beyond being dropped."""
+
+    def extra(self, keep: int, num_tokens: int) -> int:
+        """How many tokens it makes, of the `keep` that leave a stage."""
+        raise NotImplementedError
+
+    def torch(self, view: View[Tensor], scores: Tensor, kept: Tensor, extra: int) -> VisSeq[Tensor]:
+        """The tokens that leave the stage: those kept [B, k], and `extra` made of the rest."""
+        raise NotImplementedError
+
+    def numpy(
+        self, view: View[np.ndarray], scores: np.ndarray, kept: np.ndarray, extra: int
+    ) -> VisSeq[np.ndarray]:
+        """The twin of `torch`."""
+        raise NotImplementedError
+
+
+class Merge(Piece):
+    """Tokens that are alike become one, a fixed number of times."""
+
+    def torch(self, view: View[Tensor], count: int) -> VisSeq[Tensor]:
+        """The `count` tokens that leave the stage."""
+        raise NotImplementedError
+
+    def numpy(self, view: View[np.ndarray], count: int) -> VisSeq[np.ndarray]:
+        """The twin of `torch`."""
+        raise NotImplementedError
+
+
+class Transform(Piece):
+    """A linear map of the grid that depends on no data."""
+
+    static_class: ClassVar[StaticClass] = "S0"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The grid."""
+        return frozenset({"grid"})
+
+    def grid(self, grid: tuple[int, int], count: int) -> tuple[int, int]:
+        """The grid of at most `count` tokens that it makes of a grid; Complaint where it cannot."""
+        raise NotImplementedError
+
+    def matrix(self, old: int, new: int) -> np.ndarray:
+        """The map [new, old] float64 along one side; both sides are mapped, one after the other."""
+        raise NotImplementedError
+
+
+def plugins() -> None:
+    """Import the modules that installed packages name under the entry point `edgevlm.reduce`."""
+    for entry in importlib.metadata.entry_points(group="edgevlm.reduce"):
+        entry.load()
+
+
+_KINDS: dict[str, dict[str, type[Piece]]] = {}
+
+
+def register(kind: type[PieceT]) -> type[PieceT]:
+    """Make a piece known by its name, as a decorator; a name that is taken is an error."""
+    family = next(base for base in kind.__mro__ if Piece in base.__bases__)
+    known = _KINDS.setdefault(family.__name__, {})
+    if known.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"there is a {family.__name__.lower()} {kind.name!r} already")
+    return kind
+
+
+def known(family: type[Piece]) -> Mapping[str, type[Piece]]:
+    """The pieces of a family, by name."""
+    return _KINDS.get(family.__name__, {})
+
+
+class _Named(Options):
+    """A piece as it is written: a mapping whose one key names it, or its name alone."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_one_key(cls, data: object) -> object:
+        if isinstance(data, str):
+            data = {data: {}}
+        if not isinstance(data, Mapping) or len(data) != 1:
+            raise Complaint(
+                f"a {cls.key_noun} must be a name, or a mapping with one key, got {show(data)}",
+                hint=f"write '{next(iter(cls.model_fields))}: {{}}'",
+            )
+        return {name: {} if options is None else options for name, options in data.items()}
+
+
+def _unwrapped(wrapper: BaseModel) -> Piece:
+    (name,) = wrapper.model_fields_set
+    found: Piece = getattr(wrapper, name)
+    return found
+
+
+def _wrapped(piece: Piece) -> dict[str, Any]:
+    return {piece.name: piece.model_dump(mode="json")}
+
+
+def named(family: type[PieceT], noun: str) -> Any:
+    """The type of a field that holds a piece of a family, of those known by now."""
+    fields: dict[str, Any] = {name: (kind, None) for name, kind in known(family).items()}
+    model = create_model(f"{family.__name__}Field", __base__=_Named, **fields)
+    model.key_noun = noun
+    return Annotated[model, AfterValidator(_unwrapped), PlainSerializer(_wrapped)]

@@ -1,0 +1,144 @@
+"""A reduction worked out for a model: the tokens in and out of every stage, as whole numbers.
+
+Nothing here looks at weights. `Reduction` is part of the spec of a model, and both the model's
+stages and its plan are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Transform
+
+__all__ = ["Reduction", "Segment", "Stage"]
+
+Grid = tuple[int, int]
+MAIN = "main"
+"""The state group of the layers that see every row."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One stage for one picture grid: `count_in` tokens come, `count_out` leave.
+
+    `layer` is the layer it stands before in the decoder, or in which it stands in the encoder.
+    `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are there where
+    tokens lie on a whole grid. `place` is `keep` or `repack`.
+    """
+
+    at: Site
+    layer: int | None
+    count_in: int
+    count_out: int
+    grid_in: Grid | None
+    grid_out: Grid | None
+    place: str
+    score: Scorer | None = None
+    select: Choice | None = None
+    rest: Rest | None = None
+    merge: Merge | None = None
+    transform: Transform | None = None
+    extra: int = 0
+
+    @property
+    def pieces(self) -> tuple[Any, ...]:
+        """Its pieces, in the order in which they work."""
+        found = (self.score, self.select, self.rest, self.merge, self.transform)
+        return tuple(piece for piece in found if piece is not None)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its pieces look at besides the tokens."""
+        return frozenset[str]().union(*(piece.needs for piece in self.pieces))
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Encoder layers whose queries and keys it looks at, -1 for the last."""
+        return frozenset[int]().union(*(piece.layers for piece in self.pieces))
+
+    @property
+    def queries(self) -> frozenset[str]:
+        """Kinds of text rows that it wants weights of, besides the last row."""
+        kinds = {getattr(piece, "query", "last") for piece in self.pieces}
+        return frozenset(kinds - {"last"})
+
+    @property
+    def name(self) -> str:
+        """What it does, in a word."""
+        return "+".join(piece.name for piece in self.pieces)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Decoder layers from `first` to `end` - 1, which see `tokens` visual tokens of a picture.
+
+    They keep their state in the group `group`. `is_packed` says that positions are counted anew at
+    its beginning.
+    """
+
+    group: str
+    first: int
+    end: int
+    tokens: int
+    is_packed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduction:
+    """The stages of a model, for each of its patch grids, in the order in which tokens pass.
+
+    `method` is the name they were asked by. `dense` asks for forms without TopK and Gather.
+    `pictures` are how many picture groups a prompt of fixed shape has at most.
+    """
+
+    stages: tuple[tuple[Grid, tuple[Stage, ...]], ...]
+    method: str | None = None
+    dense: bool = False
+    pictures: int = 2
+
+    def of(self, grid: Grid, *sites: Site) -> tuple[Stage, ...]:
+        """The stages at some sites, for a patch grid."""
+        return tuple(stage for stage in dict(self.stages)[grid] if stage.at in sites)
+
+    @property
+    def cuts(self) -> tuple[Stage, ...]:
+        """The stages within the decoder, which are the same for every grid."""
+        return self.of(self.stages[0][0], "decoder")
+
+    def tokens(self, grid: Grid) -> int:
+        """Visual tokens of a picture of a grid that enter the decoder."""
+        before = self.of(grid, "input", "encoder.layers", "encoder", "projector")
+        if before:
+            return before[-1].count_out
+        return dict(self.stages)[grid][0].count_in
+
+    def segments(self, num_layers: int) -> tuple[Segment, ...]:
+        """The runs of decoder layers that see the same rows."""
+        cuts = self.cuts
+        first_cut = cuts[0].layer if cuts else num_layers
+        assert first_cut is not None
+        tokens = self.tokens(self.stages[0][0])
+        found = [Segment(group=MAIN, first=0, end=first_cut, tokens=tokens)]
+        for place, cut in enumerate(cuts):
+            assert cut.layer is not None
+            end = cuts[place + 1].layer if place + 1 < len(cuts) else num_layers
+            assert end is not None
+            found.append(
+                Segment(
+                    group=f"from_{cut.layer}",
+                    first=cut.layer,
+                    end=end,
+                    tokens=cut.count_out,
+                    # What is packed once stays so: later layers go on from there.
+                    is_packed=cut.place == "repack" or found[-1].is_packed,
+                )
+            )
+        return tuple(found)
+
+
+def average_tokens(segments: Sequence[Segment]) -> float:
+    """Visual tokens of a picture, averaged over the layers of the decoder."""
+    layers = segments[-1].end
+    return sum((part.end - part.first) * part.tokens for part in segments) / layers

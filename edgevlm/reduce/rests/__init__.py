@@ -1,0 +1,1 @@
+"""What becomes of tokens that were not chosen, one per file."""

@@ -1,0 +1,1 @@
+"""Scorers: which tokens matter, one per file."""

@@ -1,0 +1,240 @@
+"""From what a recipe asks to whole numbers: a budget solved over the stages, and every stage sized.
+
+A budget is the average of visual tokens over the layers of the decoder, so that a method that cuts
+late is compared with one that cuts early at the same cost. What a schedule cannot reach is refused
+with the least that it can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgevlm.document import Complaint
+from edgevlm.model.spec import VlmSpec
+from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.piece import SITES
+from edgevlm.reduce.plan import Grid, Reduction, Stage, average_tokens
+
+__all__ = ["Problem", "solve"]
+
+STEPS = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Stages to be sized for a model; `budget` is a share of its tokens, or a number of them."""
+
+    spec: VlmSpec
+    stages: Sequence[StageOptions]
+    budget: float | int | None
+    method: str | None = None
+    dense: bool = False
+    pictures: int = 2
+
+
+def solve(problem: Problem) -> Reduction:
+    """Size every stage for every grid; Complaint with the remedy where that cannot be done."""
+    _check_order(problem)
+    return Reduction(
+        stages=tuple((grid, _sized(problem, grid)) for grid in problem.spec.vision.grids),
+        method=problem.method,
+        dense=problem.dense,
+        pictures=problem.pictures,
+    )
+
+
+def layer_of(stage: StageOptions, num_layers: int) -> int:
+    """The decoder layer that a stage stands before: never the first, whose input is the prompt."""
+    if stage.layer is not None:
+        return stage.layer
+    assert stage.depth is not None
+    return max(1, round(stage.depth * num_layers))
+
+
+def _check_order(problem: Problem) -> None:
+    """Stages stand in the order in which tokens pass them."""
+    num_layers = len(problem.spec.decoder.layers)
+    last = (-1, -1)
+    for index, stage in enumerate(problem.stages):
+        layer = layer_of(stage, num_layers) if stage.at == "decoder" else -1
+        if stage.at == "decoder" and not 1 <= layer < num_layers:
+            raise Complaint(
+                f"stage {index + 1} stands before layer {layer} of a decoder of {num_layers}",
+                hint=f"choose a layer from 1 to {num_layers - 1}; before the first, use projector",
+            )
+        here = (SITES.index(stage.at), layer)
+        if here <= last and (stage.at == "decoder" or here < last):
+            raise Complaint(
+                f"stage {index + 1} at {stage.at} stands before the one that is written above it",
+                hint="write stages in the order in which tokens pass them",
+            )
+        last = here
+
+
+def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
+    """The stages for one grid, with the budget solved."""
+    asks = [stage.keep for stage in problem.stages if isinstance(stage.keep, str)]
+    if not asks:
+        return _stages(problem, grid, 1.0)
+    if problem.budget is None:
+        raise Complaint(
+            "stages keep a budget, and none is given", hint="write keep: 0.25 beside the method"
+        )
+    total = problem.spec.dense_tokens(grid)
+    wanted = problem.budget if isinstance(problem.budget, int) else problem.budget * total
+    if not 0 < wanted <= total:
+        raise Complaint(
+            f"a budget of {problem.budget} tokens of {total}",
+            hint=f"choose from 1 to {total}, or a share",
+        )
+    if wanted == total:
+        return _stages(problem, grid, 1.0)
+    low, high = 0.0, 1.0
+    closest, why = _stages(problem, grid, 1.0), ""
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        try:
+            found = _stages(problem, grid, middle)
+        except Complaint as complaint:
+            # Too few tokens for one of the pieces.
+            low, why = middle, f" ({complaint.message})"
+            continue
+        average = _average_of(problem, grid, found)
+        if abs(average - wanted) < abs(_average_of(problem, grid, closest) - wanted):
+            closest = found
+        low, high = (middle, high) if average < wanted else (low, middle)
+    least = _average_of(problem, grid, closest)
+    # Counts are whole, so an average can be met to within the tokens of one step.
+    if least > wanted + max(1.0, 0.02 * wanted):
+        num_layers = len(problem.spec.decoder.layers)
+        raise Complaint(
+            f"an average of {wanted:.4g} of {total} tokens is out of reach: over {num_layers} "
+            f"layers these stages leave at least {least:.4g}, {100 * least / total:.1f} %{why}",
+            hint=f"ask for {math.ceil(1000 * least / total) / 1000:g} or more, or cut earlier",
+        )
+    return closest
+
+
+def _average_of(problem: Problem, grid: Grid, stages: tuple[Stage, ...]) -> float:
+    reduction = Reduction(stages=((grid, stages),))
+    return average_tokens(reduction.segments(len(problem.spec.decoder.layers)))
+
+
+def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
+    """Every stage sized, with the unknown of the budget set to x."""
+    spec = problem.spec
+    total = count = spec.dense_tokens(grid)
+    shape: Grid | None = spec.token_grid(grid)
+    sized: list[Stage] = []
+    for index, options in enumerate(problem.stages):
+        if not sized and options.at in ("encoder.layers", "encoder", "input"):
+            # Before squares of patches are joined, tokens are patches.
+            total = count = spec.patch_tokens(grid)
+            shape = grid if spec.vision.pixels == "image" else None
+        keep = _count(options, count, total, x)
+        try:
+            found = _stage(problem, options, count, keep, shape)
+        except Complaint as complaint:
+            raise Complaint(
+                f"stage {index + 1}: {complaint.message}", hint=complaint.hint
+            ) from None
+        sized += found
+        count, shape = found[-1].count_out, found[-1].grid_out
+    return tuple(sized)
+
+
+def _count(options: StageOptions, count: int, total: int, x: float) -> int:
+    """The tokens that leave a stage."""
+    keep = options.keep
+    if isinstance(keep, str):
+        power = int(keep.partition("^")[2] or 1)
+        least = 0 if options.at == "decoder" and power > 1 else 1
+        return max(least, min(count, round(total * x**power)))
+    if isinstance(keep, float):
+        return round(keep * count)
+    return keep
+
+
+def _stage(
+    problem: Problem, options: StageOptions, count: int, keep: int, grid: Grid | None
+) -> list[Stage]:
+    """The stage, or one for each layer of the encoder it stands in."""
+    if keep > count:
+        raise Complaint(
+            f"{keep} tokens are to leave, and {count} come", hint=f"keep at most {count}"
+        )
+    if keep < 1 and options.at != "decoder":
+        raise Complaint("no token is left", hint="keep at least one")
+    for piece in options.pieces:
+        if "grid" in piece.needs and grid is None:
+            raise Complaint(
+                f"{piece.name!r} takes a whole grid, and the tokens lie on none",
+                hint="put it before stages that select or merge",
+            )
+    layer = None
+    if options.at == "decoder":
+        layer = layer_of(options, len(problem.spec.decoder.layers))
+    place = options.place or ("keep" if options.at == "decoder" else "repack")
+    grid_out = grid if keep == count else None
+    if options.transform is not None:
+        assert grid is not None
+        grid_out = options.transform.grid(grid, keep)
+        keep = math.prod(grid_out)
+    check = getattr(options.select, "check", None)
+    if check is not None and grid is not None:
+        check(grid, keep)
+    extra = 0 if options.rest is None or keep == count else options.rest.extra(keep, count)
+    if options.at == "encoder.layers":
+        return _layer_stages(problem, options, count, keep, grid)
+    return [
+        Stage(
+            at=options.at,
+            layer=layer,
+            count_in=count,
+            count_out=keep,
+            grid_in=grid,
+            grid_out=grid_out,
+            place=place,
+            score=options.score,
+            select=options.select,
+            rest=options.rest,
+            merge=options.merge,
+            transform=options.transform,
+            extra=extra,
+        )
+    ]
+
+
+def _layer_stages(
+    problem: Problem, options: StageOptions, count: int, keep: int, grid: Grid | None
+) -> list[Stage]:
+    """The same number of merges in every layer of the encoder; the last takes what is over."""
+    num_layers = len(problem.spec.vision.layers)
+    goes = count - keep
+    found: list[Stage] = []
+    here = count
+    for layer in range(num_layers):
+        left = count - goes * (layer + 1) // num_layers
+        if here - left > here // 2:
+            raise Complaint(
+                f"{here - left} of {here} tokens would be merged in one layer, and half is the "
+                "most that find a partner",
+                hint=f"keep more than {keep} tokens",
+            )
+        found.append(
+            Stage(
+                at=options.at,
+                layer=layer,
+                count_in=here,
+                count_out=left,
+                grid_in=grid if layer == 0 else None,
+                grid_out=None,
+                place="repack",
+                merge=options.merge,
+                transform=options.transform,
+            )
+        )
+        here = left
+    return found

@@ -1,0 +1,1 @@
+"""Transforms: constant maps of the grid, one per file."""
