@@ -86,7 +86,8 @@ def _arange(start: Any, end: Any, step: Any = 1, **_: object) -> Any:
 
 def _full(size: Sequence[int], value: float, **_: object) -> Any:
     """A float32 constant of one value."""
-    return opset18.Expand(opset18.Constant(value_float=float(value)), _ints(*size))
+    constant: Any = opset18.Constant(value_float=float(value))
+    return opset18.Expand(constant, _ints(*size))
 
 
 def _index_select(x: Any, dim: int, index: Any) -> Any:
