@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from edgevlm.reduce.choices import cover, spread, top, uniform
+from edgevlm.reduce.choices import cover, pivots, relevant_diverse, spread, top, uniform
 from edgevlm.reduce.merges import bipartite
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, named, plugins
-from edgevlm.reduce.rests import anchors
-from edgevlm.reduce.scorers import encoder_attention, random, text_attention
+from edgevlm.reduce.rests import anchors, recycle
+from edgevlm.reduce.scorers import (
+    attention_delta,
+    contrast,
+    encoder_attention,
+    random,
+    text_attention,
+)
 from edgevlm.reduce.transforms import fourier, pool
 
 BUILT_IN = (
-    *(encoder_attention, random, text_attention),
-    *(cover, spread, top, uniform),
-    *(anchors, bipartite, fourier, pool),
+    *(attention_delta, contrast, encoder_attention, random, text_attention),
+    *(cover, pivots, relevant_diverse, spread, top, uniform),
+    *(anchors, recycle, bipartite, fourier, pool),
 )
 plugins()
 

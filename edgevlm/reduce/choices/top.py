@@ -60,9 +60,8 @@ class Top(Choice):
         assert scores is not None, "checked when the stage was resolved"
         if self.lattice is not None:
             assert view.tokens.grid is not None
-            first = torch.zeros(scores.shape[1])
-            first[lattice_rows(view.tokens.grid, self.lattice)] = FIRST
-            scores = scores + first
+            first = lattice_rows(view.tokens.grid, self.lattice)
+            scores = scores + torch.tensor([FIRST * (n in first) for n in range(scores.shape[1])])
         kept, _ = top_rows(scores, count, view.dense)
         return kept
 
