@@ -31,7 +31,7 @@ class Pivots(Choice):
     """The visual pivots themselves, and an even share of the rest for every pivot.
 
     Where shares are uneven the first pivots get one more: visual ones come first, large ones first
-    among them. Where the question has fewer rows than pivots, the first row of the call stands in.
+    among them. Where the question has fewer rows than pivots, the first rows of the call stand in.
     """
 
     name: ClassVar[str] = "pivots"
@@ -99,7 +99,7 @@ class Pivots(Choice):
         sizes = np.abs(keys).sum((1, 2))
         asked = np.flatnonzero(call.weights["question"][0]).tolist()
         of_question = sorted(asked, key=lambda row: -sizes[row])[: self.text]
-        of_question += [0] * (self.text - len(of_question))
+        of_question += range(self.text - len(of_question))
         rows = numpy_unit(view.normed[0])
         found = []
         for tokens, large in zip(

@@ -49,13 +49,12 @@ def staged(spec: VlmSpec, *stages: Mapping[str, Any], keep: float | None = None)
 
 
 def deep_stages(method: str, layers: Sequence[int]) -> list[dict[str, Any]]:
-    """The stages of a method within the decoder, before these layers."""
-    found = []
-    for stage in load_method(method).stages:
-        if stage.at == "decoder":
-            written = stage.model_dump(mode="json", exclude_none=True, exclude={"depth"})
-            found.append({**written, "layer": layers[len(found)]})
-    return found
+    """The first stages of a method within the decoder, before these layers."""
+    deep = [stage for stage in load_method(method).stages if stage.at == "decoder"]
+    return [
+        {**stage.model_dump(mode="json", exclude_none=True, exclude={"depth"}), "layer": layer}
+        for stage, layer in zip(deep, layers, strict=False)
+    ]
 
 
 def model_of(spec: VlmSpec, seed: int = 0) -> Vlm:

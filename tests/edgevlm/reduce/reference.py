@@ -119,8 +119,9 @@ class Reference:
         """Logits [A + 1, V] of the prompt's last row and of the answer's, with all stages."""
         lines = lines_of(asked)
         before: Probe[Array] | None = None
+        cuts = self.cuts if len(asked.starts) else ()
         for index in range(len(self.spec.layers)):
-            for cut in self.cuts:
+            for cut in cuts:
                 if cut.layer == index:
                     lines = self.cut(cut, lines, before)
             before = self.probe(index, lines)
@@ -222,12 +223,14 @@ def lines_of(asked: Asked) -> Lines:
 
 def raters(x: Array, asked: Asked) -> Array:
     """Ones for the words of the question that visual tokens look at more than at most others."""
+    found = np.zeros(len(x), np.float32)
+    if not len(asked.starts):
+        return found
     question = np.flatnonzero(asked.weights["question"])
     is_visual = asked.weights["text"][: asked.num_prompt] == 0
     visual = np.flatnonzero(is_visual)
     shares = np.exp(x[visual] @ x[question].T)
     shares /= shares.sum(1, keepdims=True)
     looks = shares.mean(0)
-    found = np.zeros(len(x), np.float32)
     found[question[looks > looks.mean()]] = 1.0
     return found
