@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from edgevlm.document import Complaint, Options, show
+from edgevlm.document import Complaint, Options, show, suggest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,6 +184,9 @@ class _Named(Options):
     @classmethod
     def _has_one_key(cls, data: object) -> object:
         if isinstance(data, str):
+            if data not in cls.model_fields:
+                hint = suggest(data, list(cls.model_fields))
+                raise Complaint(f"unknown {cls.key_noun} {data!r}", hint=hint)
             data = {data: {}}
         if not isinstance(data, Mapping) or len(data) != 1:
             raise Complaint(
