@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from edgevlm.reduce.choices import cover, spread, top, uniform
-from edgevlm.reduce.merges import bipartite
+from edgevlm.reduce.choices import cover, dpp, facility, spread, top, uniform
+from edgevlm.reduce.merges import bipartite, clusters, fuse
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, named, plugins
-from edgevlm.reduce.rests import anchors
+from edgevlm.reduce.rests import anchors, neighbours
 from edgevlm.reduce.scorers import encoder_attention, random, text_attention
-from edgevlm.reduce.transforms import fourier, pool
+from edgevlm.reduce.transforms import fourier, pool, windows
 
 BUILT_IN = (
     *(encoder_attention, random, text_attention),
-    *(cover, spread, top, uniform),
-    *(anchors, bipartite, fourier, pool),
+    *(cover, dpp, facility, spread, top, uniform),
+    *(anchors, neighbours),
+    *(bipartite, clusters, fuse),
+    *(fourier, pool, windows),
 )
 plugins()
 
