@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.model.attention import Angles, AttentionCore, DeltaCache, InplaceCache
+from edgevlm.model.decoder import Decoder
 from edgevlm.model.plans import (
     PICTURE,
     delta_plan,
@@ -25,7 +26,7 @@ from edgevlm.model.plans import (
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.stages import Asking, Pictures, project, token_offsets
 from edgevlm.model.vision import GridTables, grid_tables
-from edgevlm.model.vlm import Decoder, Vlm
+from edgevlm.model.vlm import Vlm
 from edgevlm.reduce.plan import MAIN, Segment
 from edgevlm_export.ops import CLOSED, causal_mask
 from edgevlm_export.plan import GraphPlan

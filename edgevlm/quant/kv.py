@@ -11,8 +11,9 @@ from torch import Tensor
 from edgevlm.errors import PassError
 from edgevlm.evidence.fed import Visual
 from edgevlm.model.attention import Attention, AttentionCore
+from edgevlm.model.decoder import Decoder
 from edgevlm.model.spec import KvQuant
-from edgevlm.model.vlm import Decoder, Vlm
+from edgevlm.model.vlm import Vlm
 from edgevlm.quant.calibrate import CalibrationCase, decoder_inputs
 
 __all__ = ["calibrate_cache"]

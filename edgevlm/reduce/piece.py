@@ -79,6 +79,16 @@ class Piece(Options):
         """Whether it looks at those of the decoder layer behind it."""
         return False
 
+    @property
+    def looks_normed(self) -> bool:
+        """Whether it looks at the rows of a decoder call as the decoder's last norm makes them."""
+        return False
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """Kinds of text rows whose weights it wants, besides the last row."""
+        return frozenset({getattr(self, "query", "last")} - {"last"})
+
 
 class Scorer(Piece):
     """A number for each token: the larger, the rather it is kept."""
