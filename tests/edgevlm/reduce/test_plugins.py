@@ -31,7 +31,8 @@ from edgevlm.reduce.view import View
 piece = known(Scorer)["unlike"]()
 x = np.random.default_rng(0).standard_normal((2, 9, 4)).astype(np.float32)
 places = np.tile(np.arange(9), (2, 1))
-ours = piece.torch(View(tokens=VisSeq(features=torch.from_numpy(x), places=torch.from_numpy(places))))
+tensors = torch.from_numpy(x), torch.from_numpy(places)
+ours = piece.torch(View(tokens=VisSeq(features=tensors[0], places=tensors[1])))
 twin = piece.numpy(View(tokens=VisSeq(features=x, places=places)))
 # Sums of four squares in float32, against float64.
 np.testing.assert_allclose(ours.numpy(), twin, rtol=1e-5)
@@ -46,7 +47,7 @@ def source_of(name: str) -> str:
 
 
 def installed(folder: Path) -> dict[str, str]:
-    """Put the piece into a folder with the metadata that pip would write; the environment for it."""
+    """Put the piece into a folder as pip would, and return the environment that finds it."""
     folder.joinpath("unlike.py").write_text(source_of("unlike.py"))
     data = folder / "unlike-1.0.dist-info"
     data.mkdir()
