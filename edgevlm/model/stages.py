@@ -161,17 +161,19 @@ def project(
     question: Asking | None,
 ) -> VisSeq[Tensor]:
     """What a vision encoder saw in pictures of a grid, as rows of the decoder [N, tokens, W]."""
-    encoded = seen.tokens
-    rows = projector(encoded.features, encoded.grid or grid)
-    if spec.projector.merge == 1:
+    encoded, merge = seen.tokens, spec.projector.merge
+    here = encoded.grid or grid
+    rows = projector(encoded.features, here)
+    if merge == 1:
         tokens = replace(encoded, features=rows)
     else:
-        tokens = in_raster(rows, spec.token_grid(grid))
+        is_whole = spec.token_grid(grid) is not None
+        tokens = in_raster(rows, (here[0] // merge, here[1] // merge) if is_whole else None)
     view = View(
         tokens=tokens,
         probes=seen.probes,
         encoded=encoded.features,
-        squares=squares_of(spec, grid),
+        squares=squares_of(spec, here),
         question=None if question is None else question.rows,
         asked={} if question is None else question.weights,
     )

@@ -86,7 +86,7 @@ def _see_caches(
     for fed in decoder_inputs(model, cases, visual, answers=True):
         keys = model.whole_keys(fed.positions, observers)
         decoder: Decoder = model.decoder
-        decoder(fed.rows, keys, torch.tensor([-1]), fed.pictures)
+        decoder(fed.rows, keys, torch.tensor([0]), fed.pictures)
     return seen
 
 

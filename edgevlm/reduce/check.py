@@ -6,6 +6,7 @@ another way than asked is a decision that says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,12 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
             f"patches are taken at {stage.at}",
             hint="put the stage at projector",
         )
+    if merge > 1 and stage.at == "encoder" and stage.place == "keep":
+        raise Complaint(
+            f"the projector joins squares of {merge} x {merge} patches, whose positions are not "
+            "those of patches",
+            hint="remove place, or put the stage at projector",
+        )
     if stage.at == "encoder.layers":
         if spec.vision.position == "rotary":
             raise Complaint(
@@ -80,6 +87,13 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                 "encoder, and their patches would no longer be the same",
                 hint="put the stage at encoder",
             )
+        for grid in spec.vision.grids:
+            if spec.patch_tokens(grid) != math.prod(grid):
+                raise Complaint(
+                    f"{spec.patch_tokens(grid)} rows leave the encoder, which are not its "
+                    f"{math.prod(grid)} patches",
+                    hint="put the stage at encoder",
+                )
 
 
 def _check_place(spec: VlmSpec, stage: StageOptions, *, is_packed: bool) -> None:
@@ -160,11 +174,8 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
     """What became of every stage."""
     assert after.reduction is not None
     _, stages = after.reduction.stages[0]
-    sized = iter(stages)
     for number, options in enumerate(problem.stages, 1):
-        parts = [next(sized)]
-        while options.at == "encoder.layers" and parts[-1].layer != len(after.vision.layers) - 1:
-            parts.append(next(sized))
+        parts = [stage for stage in stages if stage.number == number]
         first, last = parts[0], parts[-1]
         what = "+".join(piece.name for piece in options.pieces)
         site = f"decoder.layers.{last.layer}" if last.at == "decoder" else last.at

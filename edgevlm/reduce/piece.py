@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from edgevlm.document import Complaint, Options, show
+from edgevlm.document import Complaint, Options, show, suggest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,6 +108,7 @@ class Choice(Piece):
     One that goes `by_score` needs a scorer in its stage.
     """
 
+    sites: ClassVar[tuple[Site, ...]] = ("encoder", "projector", "decoder")
     by_score: ClassVar[bool] = False
 
     @abstractmethod
@@ -120,7 +121,14 @@ class Choice(Piece):
 
 
 class Rest(Piece):
-    """What becomes of the tokens that were not chosen, beyond being dropped."""
+    """What becomes of the tokens that were not chosen, beyond being dropped.
+
+    It goes `by_score`, as a selector may; `scorers` are those it can work with, where not all will
+    do.
+    """
+
+    by_score: ClassVar[bool] = True
+    scorers: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def extra(self, keep: int, num_tokens: int) -> int:
@@ -139,6 +147,9 @@ class Rest(Piece):
 
 class Merge(Piece):
     """Tokens that are alike become one, a fixed number of times."""
+
+    def check(self, num_tokens: int, count: int) -> None:
+        """Raise Complaint where so many tokens cannot become so few."""
 
     @abstractmethod
     def torch(self, view: View[Tensor], count: int) -> VisSeq[Tensor]:
@@ -162,6 +173,10 @@ class Transform(Piece):
     @abstractmethod
     def grid(self, grid: tuple[int, int], count: int) -> tuple[int, int]:
         """The grid of at most `count` tokens that it makes of a grid; Complaint where it cannot."""
+
+    def steps(self, grid: tuple[int, int], count: int) -> tuple[tuple[int, int], ...]:
+        """The grids that it makes one behind the other, where it stands in layers."""
+        return (self.grid(grid, count),)
 
     @abstractmethod
     def matrix(self, old: int, new: int) -> np.ndarray:
@@ -200,6 +215,9 @@ class _Named(Options):
     @classmethod
     def _has_one_key(cls, data: object) -> object:
         if isinstance(data, str):
+            if data not in cls.model_fields:
+                hint = suggest(data, list(cls.model_fields))
+                raise Complaint(f"unknown {cls.key_noun} {data!r}", hint=hint)
             data = {data: {}}
         if not isinstance(data, Mapping) or len(data) != 1:
             raise Complaint(

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from edgevlm.reduce.choices import cover, pivots, relevant_diverse, spread, top, uniform
-from edgevlm.reduce.merges import bipartite
+from edgevlm.reduce.choices import (
+    cover,
+    dpp,
+    facility,
+    pivots,
+    relevant_diverse,
+    spread,
+    top,
+    uniform,
+)
+from edgevlm.reduce.merges import bipartite, clusters, fuse
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, named, plugins
-from edgevlm.reduce.rests import anchors, recycle
+from edgevlm.reduce.rests import anchors, neighbours, recycle
 from edgevlm.reduce.scorers import (
     attention_delta,
     contrast,
@@ -13,12 +22,14 @@ from edgevlm.reduce.scorers import (
     random,
     text_attention,
 )
-from edgevlm.reduce.transforms import fourier, pool
+from edgevlm.reduce.transforms import fourier, pool, windows
 
 BUILT_IN = (
     *(attention_delta, contrast, encoder_attention, random, text_attention),
-    *(cover, pivots, relevant_diverse, spread, top, uniform),
-    *(anchors, recycle, bipartite, fourier, pool),
+    *(cover, dpp, facility, pivots, relevant_diverse, spread, top, uniform),
+    *(anchors, neighbours, recycle),
+    *(bipartite, clusters, fuse),
+    *(fourier, pool, windows),
 )
 plugins()
 

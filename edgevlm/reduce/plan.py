@@ -23,7 +23,9 @@ MAIN = "main"
 class Stage:
     """One stage for one picture grid: `count_in` tokens come, `count_out` leave.
 
-    `layer` is the layer it stands before in the decoder, or in which it stands in the encoder.
+    `number` is that of the stage as it was written, from 1. `layer` is the layer it stands before
+    in the decoder, or in which it stands in the encoder: a merge in front of its MLP, a transform
+    behind it.
     `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are there where
     tokens lie on a whole grid. `place` is `keep` or `repack`.
     """
@@ -41,6 +43,7 @@ class Stage:
     merge: Merge | None = None
     transform: Transform | None = None
     extra: int = 0
+    number: int = 1
 
     @property
     def pieces(self) -> tuple[Any, ...]:
@@ -93,13 +96,15 @@ class Segment:
 class Reduction:
     """The stages of a model, for each of its patch grids, in the order in which tokens pass.
 
-    `method` is the name they were asked by. `dense` asks for forms without TopK and Gather.
-    `pictures` are how many picture groups a prompt of fixed shape has at most.
+    `method` is the name they were asked by. `dense` asks for forms without TopK and Gather. `merge`
+    is the side of the squares of patches that the projector makes tokens of. `pictures` are how
+    many picture groups a prompt of fixed shape has at most.
     """
 
     stages: tuple[tuple[Grid, tuple[Stage, ...]], ...]
     method: str | None = None
     dense: bool = False
+    merge: int = 1
     pictures: int = 2
 
     def of(self, grid: Grid, *sites: Site) -> tuple[Stage, ...]:
@@ -114,8 +119,10 @@ class Reduction:
     def tokens(self, grid: Grid) -> int:
         """Visual tokens of a picture of a grid that enter the decoder."""
         before = self.of(grid, "input", "encoder.layers", "encoder", "projector")
-        if before:
+        if before and before[-1].at == "projector":
             return before[-1].count_out
+        if before:
+            return before[-1].count_out // self.merge**2
         return dict(self.stages)[grid][0].count_in
 
     def segments(self, num_layers: int) -> tuple[Segment, ...]:

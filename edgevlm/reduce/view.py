@@ -88,8 +88,34 @@ def ranked(scores: Tensor) -> Tensor:
     import torch
 
     ours, others = scores[:, :, None], scores[:, None]
-    is_earlier = torch.ones(scores.shape[1], scores.shape[1]).tril(-1) > 0
+    rows = torch.arange(scores.shape[1])
+    is_earlier = rows[:, None] > rows
     return ((others > ours) | ((others == ours) & is_earlier)).sum(-1)
+
+
+def nearest(likeness: Tensor, count: int, *, dense: bool = False) -> Tensor:
+    """Ones [B, M, N] at the `count` largest of each row of likeness [B, M, N], else zeros."""
+    import torch
+
+    from edgevlm_export.ops import top_rows
+
+    num_rows, num_tokens = likeness.shape[1:]
+    rows, _ = top_rows(likeness.flatten(0, 1), count, dense)
+    is_near = (rows[:, :, None] == torch.arange(num_tokens)).to(likeness.dtype).sum(1)
+    found: Tensor = is_near.unflatten(0, (-1, num_rows))
+    return found
+
+
+def sizes_of(tokens: VisSeq[Tensor]) -> Tensor:
+    """What each token was merged from [B, N, 1], ones where nothing was."""
+    if tokens.sizes is not None:
+        return tokens.sizes[..., None]
+    return tokens.features[..., :1] * 0.0 + 1.0
+
+
+def numpy_sizes_of(tokens: VisSeq[np.ndarray]) -> np.ndarray:
+    """The twin of `sizes_of`, [B, N]."""
+    return np.ones(tokens.places.shape) if tokens.sizes is None else tokens.sizes
 
 
 def mean_keys(probe: Probe[Tensor], rows: Tensor) -> Tensor:

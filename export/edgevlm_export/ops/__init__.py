@@ -6,6 +6,7 @@ from edgevlm_export.ops.activate import ACTIVATIONS, activate
 from edgevlm_export.ops.attention import attention
 from edgevlm_export.ops.cached_attention import cached_attention
 from edgevlm_export.ops.cover_rows import cover_rows
+from edgevlm_export.ops.dpp_rows import dpp_rows
 from edgevlm_export.ops.gated import gated
 from edgevlm_export.ops.heads import CLOSED, causal_mask
 from edgevlm_export.ops.kept_rows import kept_rows
@@ -30,6 +31,7 @@ __all__ = [
     "causal_mask",
     "cover_rows",
     "dequantized",
+    "dpp_rows",
     "gated",
     "kept_rows",
     "layer_norm",

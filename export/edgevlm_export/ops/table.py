@@ -6,6 +6,7 @@ from edgevlm_export.ops.activate import OP as ACTIVATE
 from edgevlm_export.ops.attention import OP as ATTENTION
 from edgevlm_export.ops.cached_attention import OP as CACHED_ATTENTION
 from edgevlm_export.ops.cover_rows import OP as COVER_ROWS
+from edgevlm_export.ops.dpp_rows import OP as DPP_ROWS
 from edgevlm_export.ops.gated import OP as GATED
 from edgevlm_export.ops.kept_rows import OP as KEPT_ROWS
 from edgevlm_export.ops.layer_norm import OP as LAYER_NORM
@@ -28,6 +29,7 @@ OPS = {
         ATTENTION,
         CACHED_ATTENTION,
         COVER_ROWS,
+        DPP_ROWS,
         GATED,
         KEPT_ROWS,
         LAYER_NORM,

@@ -17,6 +17,7 @@ ORT = Target(
     ops={
         "": op_names(
             "Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Conv DequantizeLinear Div",
+            # Log: a merged token's key weighs by the logarithm of its size.
             "Equal Expand Gather GatherND Greater GreaterOrEqual LayerNormalization Less Log",
             "MatMul Max Min Mul NonZero Or QuantizeLinear Range ReduceMax ReduceMean ReduceMin",
             "ReduceSum Relu Reshape Round ScatterND Shape SimplifiedLayerNormalization Slice",

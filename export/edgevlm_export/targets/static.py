@@ -13,6 +13,7 @@ STATIC = Target(
     form=FORMS["static"],
     ops={
         "": op_names(
+            # Log: a merged token's key weighs by the logarithm of its size.
             "Abs Add And ArgMax Cast Concat Conv DequantizeLinear Div Equal Erf Expand Gather",
             "Gemm Greater GreaterOrEqual LayerNormalization Less Log MatMul Max Min Mul Or",
             "QuantizeLinear ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Sigmoid Slice",
