@@ -31,7 +31,8 @@ def looked_up(
     """Rows [B, k] of x [B, N, W], one below the other: [B * k, W]."""
     first = emit.constant(num_rows * np.arange(batch)[:, None])
     numbers = emit.one("Add", rows, first, part="numbers")
-    numbers = emit.one("Reshape", numbers, emit.ints(batch * count), part="number_line")
+    empty = {} if count else {"allowzero": 1}
+    numbers = emit.one("Reshape", numbers, emit.ints(batch * count), part="number_line", **empty)
     together = emit.one("Reshape", x, emit.ints(batch * num_rows, -1), part="together")
     return emit.one("Gather", together, numbers, part="row", axis=0)
 

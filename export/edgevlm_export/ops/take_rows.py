@@ -44,15 +44,15 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     assert isinstance(count, int), f"{rows.name} has a dynamic number of rows"
     if attribute(node, "dense"):
         return [_dense(emit, x, rows, count)]
+    # A size of 0 is otherwise a dimension that Reshape leaves as it is.
+    empty = {} if count else {"allowzero": 1}
     if Pictures(batch=batch).is_one:
-        # A size of 0 is otherwise a dimension that Reshape leaves as it is.
-        empty = {} if count else {"allowzero": 1}
         numbers = emit.one("Reshape", rows, emit.ints(count), part="numbers", **empty)
         return [emit.one("Gather", x, numbers, axis=1)]
-    num_rows = dims(x)[1]
-    if isinstance(batch, int) and isinstance(num_rows, int):
+    _, num_rows, width = dims(x)
+    if isinstance(batch, int) and isinstance(num_rows, int) and isinstance(width, int):
         found = looked_up(emit, x, rows, batch, num_rows, count)
-        return [emit.one("Reshape", found, emit.ints(batch, count, -1))]
+        return [emit.one("Reshape", found, emit.ints(batch, count, width), **empty)]
     numbers = emit.one("Reshape", rows, emit.ints(kept_size(batch), count, 1), part="numbers")
     return [emit.one("GatherND", x, numbers, batch_dims=1)]
 

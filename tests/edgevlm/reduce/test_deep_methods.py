@@ -10,12 +10,11 @@ import pytest
 from edgevlm.errors import PassError
 from edgevlm.model.spec import RopeSpec, VlmSpec
 from edgevlm.reduce.catalogue import load_method
-from edgevlm.reduce.piece import Choice, known
 from edgevlm.reduce.plan import average_tokens
 from tests.edgevlm.reduce.deep import deep_spec, staged
 from tests.edgevlm.tiny import tiny_spec
 
-METHODS = ("carve", "dart", "efficientvla", "fastv", "feather", "sparsevlm", "sparsevlm2")
+METHODS = ("carve", "catp", "dart", "efficientvla", "fastv", "feather", "sparsevlm", "sparsevlm2")
 
 
 def llava() -> VlmSpec:
@@ -83,11 +82,16 @@ def test_a_budget_is_the_average_over_layers(method: str) -> None:
         assert abs(average_tokens(spec.segments) - keep * 576) < 1.0
 
 
-@pytest.mark.skipif("facility" not in known(Choice), reason="its first stage is another's")
-def test_catp_takes_half_before_the_decoder_and_half_within() -> None:
+def test_catp_takes_some_before_the_decoder_and_as_much_within() -> None:
+    """A share of r behind the projector, and of these a share of r before layer 6."""
     stages = load_method("catp").stages
-    assert [stage.at for stage in stages] == ["projector", "decoder"]
-    assert [stage.keep for stage in stages] == ["budget", "budget^2"]
+    assert [(stage.at, stage.keep) for stage in stages] == [
+        ("projector", "budget"),
+        ("decoder", "budget^2"),
+    ]
+    ((layer, before, left, made, place),) = cuts_of("catp", 192)
+    assert (layer, made, place) == (6, 0, "keep")
+    assert abs(before**2 / 576 - left) < 1
 
 
 def refused(spec: VlmSpec, *stages: dict[str, Any]) -> str:
