@@ -85,7 +85,7 @@ def _pictures(
         grid = image.layout.grid or model.spec.vision.grids[0]
         tables = grid_tables(model.spec.vision, grid)
         for feed in image.feeds:
-            seen = model.vision.see(pixels_of(feed), tables, grid)
+            seen = model.vision(pixels_of(feed), tables, grid)
             chained.append((model.project(seen, grid, asking), grid))
             features = seen.tokens.features
             vision.append(features.flatten(0, -2).numpy())

@@ -72,7 +72,7 @@ class VisionGraph(nn.Module):
         if question:
             weights = dict(zip(self.kinds, question[1:], strict=True))
             asking = Asking(rows=question[0], weights=weights)
-        seen = self.vision.see(pixels, tables, self.grid)
+        seen = self.vision(pixels, tables, self.grid)
         tokens = project(self.spec, self.projector, self.reduce, seen, self.grid, asking)
         if not self.spec.moves_positions(self.grid):
             return tokens.features

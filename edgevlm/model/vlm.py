@@ -106,7 +106,7 @@ class Vlm(nn.Module):
     ) -> VisSeq[Tensor]:
         """The visual tokens of pictures of one grid, as rows of the decoder."""
         grid = self.spec.vision.grids[0] if grid is None else grid
-        seen = self.vision.see(pixels, grid_tables(self.spec.vision, grid), grid)
+        seen = self.vision(pixels, grid_tables(self.spec.vision, grid), grid)
         return self.project(seen, grid, question)
 
     def project(

@@ -111,7 +111,7 @@ def encode_features(model: Vlm, cases: Sequence[CalibrationCase]) -> Features:
     """Run the vision encoder on every picture."""
     return [
         [
-            (model.vision.see(pixels, grid_tables(model.spec.vision, grid), grid), grid)
+            (model.vision(pixels, grid_tables(model.spec.vision, grid), grid), grid)
             for pixels, grid in _pictures(model, [case])
         ]
         for case in cases

@@ -42,6 +42,10 @@ def problems_of(problem: Problem) -> None:
 
 def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
     """A stage needs tokens that can be taken one by one where it stands."""
+    if stage.at == "input":
+        raise Complaint(
+            "no stage can stand at input yet", hint="put it at encoder, behind the patches"
+        )
     if stage.at == "decoder":
         layer = layer_of(stage, len(spec.decoder.layers))
         for index, later in enumerate(spec.decoder.layers[layer:], layer):
