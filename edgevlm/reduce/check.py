@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from edgevlm.decisions import Decision
 from edgevlm.document import Complaint
 from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.positions import blocks, span
+from edgevlm.reduce.resolution import check_resolution
 from edgevlm.reduce.solve import Problem, layer_of
 
 if TYPE_CHECKING:
@@ -32,7 +34,49 @@ def problems_of(problem: Problem) -> None:
         except Complaint as complaint:
             message = f"stage {number}: {complaint.message}"
             raise Complaint(message, hint=complaint.hint) from None
-        is_whole = False
+        # Patches that never enter the encoder are missing in every layer alike.
+        is_whole = is_whole and stage.at == "input"
+    _check_positions(problem)
+
+
+def _check_positions(problem: Problem) -> None:
+    """Raise Complaint where a policy and the stages contradict each other."""
+    policy, stages = problem.positions, problem.stages
+    if policy is None:
+        return
+    if policy.v2pe is not None and problem.spec.decoder.rope.sections:
+        raise Complaint(
+            "v2pe counts along one axis, and visual tokens of this model stand on three",
+            hint="choose share or ppe, or lower the resolution",
+        )
+    for number, stage in enumerate(stages, 1):
+        if stage.at == "decoder" and stage.place == "repack":
+            raise Complaint(
+                f"stage {number}: positions are counted anew in the decoder, which takes those "
+                f"that count by one, and {policy.name} gives others",
+                hint="write place: keep, or choose a method whose stages keep positions",
+            )
+        if stage.at != "decoder" and stage.place == "keep" and policy.v2pe is None:
+            raise Complaint(
+                f"stage {number}: tokens cannot keep their positions and have those of "
+                f"{policy.name}",
+                hint="remove place",
+            )
+        if policy.ppe is not None and stage.transform is not None and stage.at != "input":
+            raise Complaint(
+                f"stage {number}: {stage.transform.name!r} mixes tokens of a whole grid, which "
+                "have no places of their own for ppe",
+                hint="merge tokens instead",
+            )
+    if policy.ppe is not None:
+        before = [stage for stage in stages if stage.at != "decoder"]
+        if not any(stage.merge is not None or stage.rest is not None for stage in before):
+            raise Complaint(
+                "ppe gives merged tokens the places of their members, and no stage merges any",
+                hint="name a method or a stage that merges, such as merge: bipartite",
+            )
+        rope = problem.spec.decoder.rope
+        blocks(rope.sections, len(rope.inv_freq), policy.ppe.axes)
 
 
 def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
@@ -52,9 +96,11 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                 "one number of tokens",
                 hint="name one grid in image.grids, or put the stage at projector",
             )
+    if stage.at == "input":
+        _check_input(spec, stage)
     merge = spec.projector.merge
     takes_patches = stage.at == "encoder.layers" or (
-        stage.at == "encoder" and stage.transform is None
+        stage.at in ("encoder", "input") and stage.transform is None
     )
     if merge > 1 and takes_patches:
         raise Complaint(
@@ -76,6 +122,31 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                 "encoder, and their patches would no longer be the same",
                 hint="put the stage at encoder",
             )
+
+
+def _check_input(spec: VlmSpec, stage: StageOptions) -> None:
+    """Before the encoder pictures are made smaller, or the same patches of each are left out."""
+    if stage.transform is not None:
+        check_resolution(spec)
+        if stage.place is not None:
+            raise Complaint(
+                "a smaller picture has positions of its own",
+                hint="remove place",
+            )
+        return
+    varying = [piece.name for piece in stage.pieces if not piece.is_fixed]
+    if varying:
+        raise Complaint(
+            f"{varying[0]!r} looks at tokens, and at input nothing has been seen yet",
+            hint="choose select: uniform, or score: random with select: top",
+        )
+    height, width = spec.vision.grids[0]
+    if spec.projector.merge == 1 and spec.patch_tokens((height, width)) != height * width:
+        raise Complaint(
+            f"{spec.patch_tokens((height, width))} rows leave an encoder of {height} x {width} "
+            "patches, and the one that is no patch cannot be told apart",
+            hint="put the stage at encoder",
+        )
 
 
 def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
@@ -118,6 +189,13 @@ def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
 def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator[Decision]:
     """What became of every stage."""
     assert after.reduction is not None
+    if problem.positions is not None:
+        yield Decision(
+            asked=f"positions {problem.positions.name}",
+            outcome="applied",
+            reason="class S3",
+            effect=_span_of(after),
+        )
     _, stages = after.reduction.stages[0]
     sized = iter(stages)
     for number, options in enumerate(problem.stages, 1):
@@ -150,3 +228,10 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
             effect="a session chooses anew for every prompt; a decoder that is extended keeps the "
             "tokens of its first question",
         )
+
+
+def _span_of(spec: VlmSpec) -> str:
+    """How much of the context a picture takes."""
+    grid = spec.vision.grids[0]
+    found = span(spec, grid)
+    return f"a picture takes {spec.image_tokens(grid) if found is None else found:g} positions"

@@ -50,12 +50,14 @@ class Piece(Options):
 
     `sites` are those it can stand at. `needs` are what it looks at besides the tokens: `class`
     (a class token), `attention` (queries and keys of a layer), `question` (text rows), `grid`
-    (tokens in raster order on a whole grid).
+    (tokens in raster order on a whole grid). What `is_fixed` does the same to every picture, where
+    the scores that it is given are fixed too.
     """
 
     name: ClassVar[str]
     static_class: ClassVar[StaticClass]
     sites: ClassVar[tuple[Site, ...]] = SITES
+    is_fixed: ClassVar[bool] = False
     source: ClassVar[str] = ""
 
     @property

@@ -7,12 +7,12 @@ from edgevlm.reduce.merges import bipartite
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, named, plugins
 from edgevlm.reduce.rests import anchors
 from edgevlm.reduce.scorers import encoder_attention, random, text_attention
-from edgevlm.reduce.transforms import fourier, pool
+from edgevlm.reduce.transforms import fourier, pool, resize
 
 BUILT_IN = (
     *(encoder_attention, random, text_attention),
     *(cover, spread, top, uniform),
-    *(anchors, bipartite, fourier, pool),
+    *(anchors, bipartite, fourier, pool, resize),
 )
 plugins()
 

@@ -16,6 +16,7 @@ from edgevlm.model.spec import VlmSpec
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.piece import SITES
 from edgevlm.reduce.plan import Grid, Reduction, Stage, average_tokens
+from edgevlm.reduce.positions import PositionOptions
 
 __all__ = ["Problem", "solve"]
 
@@ -24,7 +25,10 @@ STEPS = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Stages to be sized for a model; `budget` is a share of its tokens, or a number of them."""
+    """Stages to be sized for a model; `budget` is a share of its tokens, or a number of them.
+
+    `positions` is a policy of where those stand that are left.
+    """
 
     spec: VlmSpec
     stages: Sequence[StageOptions]
@@ -32,6 +36,7 @@ class Problem:
     method: str | None = None
     dense: bool = False
     pictures: int = 2
+    positions: PositionOptions | None = None
 
 
 def solve(problem: Problem) -> Reduction:
@@ -42,6 +47,7 @@ def solve(problem: Problem) -> Reduction:
         method=problem.method,
         dense=problem.dense,
         pictures=problem.pictures,
+        positions=problem.positions,
     )
 
 
@@ -118,8 +124,8 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
 
 
 def _average_of(problem: Problem, grid: Grid, stages: tuple[Stage, ...]) -> float:
-    reduction = Reduction(stages=((grid, stages),))
-    return average_tokens(reduction.segments(len(problem.spec.decoder.layers)))
+    reduction, spec = Reduction(stages=((grid, stages),)), problem.spec
+    return average_tokens(reduction.segments(len(spec.decoder.layers), spec.dense_tokens(grid)))
 
 
 def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
@@ -132,7 +138,8 @@ def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
         if not sized and options.at in ("encoder.layers", "encoder", "input"):
             # Before squares of patches are joined, tokens are patches.
             total = count = spec.patch_tokens(grid)
-            shape = grid if spec.vision.pixels == "image" else None
+            is_whole = options.at == "input" or count == math.prod(grid)
+            shape = grid if spec.vision.pixels == "image" and is_whole else None
         keep = _count(options, count, total, x)
         try:
             found = _stage(problem, options, count, keep, shape)
@@ -142,6 +149,8 @@ def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
             ) from None
         sized += found
         count, shape = found[-1].count_out, found[-1].grid_out
+        if shape is not None and count != math.prod(shape):
+            shape = None
     return tuple(sized)
 
 
@@ -176,18 +185,20 @@ def _stage(
     layer = None
     if options.at == "decoder":
         layer = layer_of(options, len(problem.spec.decoder.layers))
-    place = options.place or ("keep" if options.at == "decoder" else "repack")
+    place = options.place or _place(problem, options)
     grid_out = grid if keep == count else None
     if options.transform is not None:
         assert grid is not None
-        grid_out = options.transform.grid(grid, keep)
-        keep = math.prod(grid_out)
+        # A class token that is one of the visual tokens is none of a picture's patches.
+        beside = count - math.prod(grid) if options.at == "input" else 0
+        grid_out = options.transform.grid(grid, keep - beside)
+        keep = math.prod(grid_out) + beside
     check = getattr(options.select, "check", None)
     if check is not None and grid is not None:
         check(grid, keep)
     extra = 0 if options.rest is None or keep == count else options.rest.extra(keep, count)
     if options.at == "encoder.layers":
-        return _layer_stages(problem, options, count, keep, grid)
+        return _layer_stages(problem, options, count, keep, grid, place)
     return [
         Stage(
             at=options.at,
@@ -207,8 +218,18 @@ def _stage(
     ]
 
 
+def _place(problem: Problem, options: StageOptions) -> str:
+    """Where tokens stand that a recipe says nothing about.
+
+    Places on a grid mean something: where a model has three axes, tokens keep theirs, unless a
+    policy says otherwise.
+    """
+    is_spread = bool(problem.spec.decoder.rope.sections) and problem.positions is None
+    return "keep" if options.at == "decoder" or is_spread else "repack"
+
+
 def _layer_stages(
-    problem: Problem, options: StageOptions, count: int, keep: int, grid: Grid | None
+    problem: Problem, options: StageOptions, count: int, keep: int, grid: Grid | None, place: str
 ) -> list[Stage]:
     """The same number of merges in every layer of the encoder; the last takes what is over."""
     num_layers = len(problem.spec.vision.layers)
@@ -231,7 +252,7 @@ def _layer_stages(
                 count_out=left,
                 grid_in=grid if layer == 0 else None,
                 grid_out=None,
-                place="repack",
+                place=place,
                 merge=options.merge,
                 transform=options.transform,
             )

@@ -26,6 +26,7 @@ class Top(Choice):
 
     name: ClassVar[str] = "top"
     static_class: ClassVar[StaticClass] = "S1"
+    is_fixed: ClassVar[bool] = True
 
     lattice: int | None = Field(
         None,

@@ -20,6 +20,7 @@ class Uniform(Choice):
 
     name: ClassVar[str] = "uniform"
     static_class: ClassVar[StaticClass] = "S0"
+    is_fixed: ClassVar[bool] = True
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """Constant rows."""

@@ -2,13 +2,14 @@
 
 The tokens are split in two by turns; every one of the first half has one best partner in the other,
 by the cosine of their keys, and the best pairs are merged into means, weighted by what each token
-was merged from already.
+was merged from already. Behind the encoder there are no keys, and tokens are compared themselves.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from edgevlm.reduce.members import way_of_merged
 from edgevlm.reduce.piece import Merge, Site, StaticClass, register
 from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import (
@@ -34,16 +35,11 @@ FAR = 2**31
 
 @register
 class Bipartite(Merge):
-    """At most half of the tokens go in one stage; those left stay in the order of their places."""
+    """At most half of the tokens go in one stage; the rest are first those of even places."""
 
     name: ClassVar[str] = "bipartite"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder.layers", "encoder", "projector")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Keys."""
-        return frozenset({"attention"})
 
     def torch(self, view: View[Tensor], count: int) -> VisSeq[Tensor]:
         """Who goes where is a matrix of zeros and ones."""
@@ -51,9 +47,12 @@ class Bipartite(Merge):
 
         from edgevlm_export.ops import take_rows, top_rows
 
-        tokens, probe = view.tokens, view.probes["own"]
+        tokens, probe = view.tokens, view.probes.get("own")
         num_tokens = tokens.features.shape[1]
-        keys = unit(patches(view, probe, mean_keys(probe, probe.k)))
+        compared = tokens.features
+        if probe is not None:
+            compared = patches(view, probe, mean_keys(probe, probe.k))
+        keys = unit(compared)
         even, odd = keys[:, ::2], keys[:, 1::2]
         best, partner = (even @ odd.mT).max(-1)
         going, staying = top_rows(best, num_tokens - count, view.dense)
@@ -72,17 +71,26 @@ class Bipartite(Merge):
         odd_places = torch.cat([none, came], -1).amin(-1)
         places = torch.cat([picked(even_places, staying, dense=view.dense), odd_places], 1)
         features, sizes = sums[..., :-1] / sums[..., -1:], sums[..., -1]
-        return VisSeq(features=features, places=places, sizes=sizes)
+        way = None
+        if tokens.provenance is not None:
+            lead = torch.arange(odd.shape[1]).expand(odd.shape[0], -1)
+            lead = torch.cat([2 * staying, 2 * lead + 1], 1)
+            way = way_of_merged(lead, weights, 2 * going, num_tokens)
+        return VisSeq(features=features, places=places, sizes=sizes, provenance=way)
 
     def numpy(self, view: View[np.ndarray], count: int) -> VisSeq[np.ndarray]:
         """Pair by pair."""
         import numpy as np
 
-        tokens, probe = view.tokens, view.probes["own"]
+        tokens, probe = view.tokens, view.probes.get("own")
         batch, num_tokens, _ = tokens.features.shape
-        all_keys = numpy_unit(numpy_patches(view, probe, numpy_mean_keys(probe, probe.k)))
+        compared = tokens.features
+        if probe is not None:
+            compared = numpy_patches(view, probe, numpy_mean_keys(probe, probe.k))
+        all_keys = numpy_unit(compared)
         sizes = np.ones((batch, num_tokens)) if tokens.sizes is None else tokens.sizes
         features, places, counts = [], [], []
+        way = np.zeros((batch, num_tokens), np.int64)
         for group, keys in enumerate(all_keys):
             evens, odds = range(0, num_tokens, 2), range(1, num_tokens, 2)
             likeness = keys @ keys.T
@@ -92,7 +100,8 @@ class Bipartite(Merge):
             going = set(order[: num_tokens - count])
             members = {even: [even] for even in evens if even not in going}
             members |= {odd: [odd, *(e for e in sorted(going) if pairs[e] == odd)] for odd in odds}
-            for rows in members.values():
+            for number, rows in enumerate(members.values()):
+                way[group, rows] = number
                 size = sizes[group, rows]
                 features.append((tokens.features[group, rows] * size[:, None]).sum(0) / size.sum())
                 places.append(tokens.places[group, rows].min())
@@ -102,6 +111,7 @@ class Bipartite(Merge):
             features=np.array(features).reshape(*shape, -1),
             places=np.array(places).reshape(shape),
             sizes=np.array(counts).reshape(shape),
+            provenance=way,
         )
 
 
