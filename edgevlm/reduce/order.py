@@ -9,7 +9,7 @@ import numpy as np
 
 from edgevlm.reduce.members import followed, numpy_followed
 from edgevlm.reduce.seq import VisSeq
-from edgevlm.reduce.view import picked, ranked
+from edgevlm.reduce.view import picked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,8 @@ def in_order(tokens: VisSeq[Tensor], *, dense: bool = False) -> VisSeq[Tensor]:
 
     from edgevlm_export.ops import take_rows
 
-    count = tokens.places.shape[1]
-    rank = ranked(tokens.places.to(torch.float32) * -1.0)
+    places, count = tokens.places, tokens.places.shape[1]
+    rank = (places[:, None] < places[:, :, None]).sum(-1)
     # Which row is the n-th: sorting would be no op that every target takes.
     is_next = rank[:, None] == torch.arange(count)[:, None]
     rows = is_next.to(torch.float32).argmax(-1)
@@ -30,7 +30,7 @@ def in_order(tokens: VisSeq[Tensor], *, dense: bool = False) -> VisSeq[Tensor]:
     return replace(
         tokens,
         features=take_rows(tokens.features, rows, dense),
-        places=picked(tokens.places, rows, dense=dense),
+        places=picked(places, rows, dense=dense),
         sizes=None if sizes is None else picked(sizes, rows, dense=dense),
         provenance=None if way is None else followed(way, rank, dense=dense),
     )

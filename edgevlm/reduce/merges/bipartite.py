@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from edgevlm.reduce.view import View
 
 
-FAR = 2**31
-"""Behind every place."""
+FAR = 2**24
+"""Behind every place. ONNX Runtime finds the least of whole numbers in 32 bits."""
 
 
 @register
