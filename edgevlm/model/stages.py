@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edgevlm.model.attention import Watched
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.apply import apply_stage, chosen_rows
+from edgevlm.reduce.lattice import centres
 from edgevlm.reduce.members import member_places
 from edgevlm.reduce.piece import Site
 from edgevlm.reduce.plan import Stage
@@ -174,18 +175,25 @@ def project(
     question: Asking | None,
 ) -> VisSeq[Tensor]:
     """What a vision encoder saw in pictures of a grid, as rows of the decoder [N, tokens, W]."""
-    encoded = seen.tokens
-    rows = projector(encoded.features, encoded.grid or grid)
-    if spec.projector.merge == 1:
+    encoded, merge = seen.tokens, spec.projector.merge
+    here = encoded.grid or grid
+    rows = projector(encoded.features, here)
+    if merge == 1:
         tokens = replace(encoded, features=rows)
     else:
+        is_whole = spec.token_grid(grid) is not None
+        lie = (here[0] // merge, here[1] // merge) if is_whole else None
         is_traced = spec.reduction is not None and spec.reduction.is_traced
-        tokens = in_raster(rows, spec.token_grid(grid), traced=is_traced)
+        tokens = in_raster(rows, lie, traced=is_traced)
+        if here != grid:
+            # Squares of a coarser grid stand for those that lie at their middles.
+            old, new = ((side[0] // merge, side[1] // merge) for side in (grid, here))
+            tokens = replace(tokens, places=tokens.places * 0 + torch.tensor(centres(old, new)))
     view = View(
         tokens=tokens,
         probes=seen.probes,
         encoded=encoded.features,
-        squares=squares_of(spec, grid),
+        squares=squares_of(spec, here),
         question=None if question is None else question.rows,
         asked={} if question is None else question.weights,
     )
@@ -264,11 +272,25 @@ class Pictures:
         likeness = rows[0].index_select(0, places) @ rows[0].mT
         likeness = torch.where(asked > 0, likeness, NEVER)
         looks = likeness.softmax(-1).mean(0, keepdim=True) * asked.sum()
-        return replace(self, weights={**self.weights, "raters": (looks > 1.0).to(rows.dtype)})
+        # Where all get an even share, none gets more: the word that gets most asks in any case.
+        asks = (looks > 1.0) | (looks == looks.amax(-1, keepdim=True))
+        return replace(self, weights={**self.weights, "raters": asks.to(rows.dtype)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Left:
+    """What a stage between two layers leaves of the rows of a call.
+
+    `rows` [T'] are those that go on. Where the stage makes tokens of others, `tokens` [P, k, W]
+    take the place of the visual rows among them.
+    """
+
+    rows: Tensor
+    tokens: Tensor | None = None
 
 
 class CutModule(nn.Module):
-    """A stage between two layers of the decoder: which rows of a call go on."""
+    """A stage between two layers of the decoder, where fewer tokens leave than come."""
 
     def __init__(self, stage: Stage) -> None:
         """Hold the stage, which is the same for every grid."""
@@ -285,12 +307,37 @@ class CutModule(nn.Module):
         """Whether it looks at what the layer behind it would attend with."""
         return any(piece.looks_here for piece in self.stage.pieces)
 
-    def forward(self, view: View[Tensor]) -> Tensor:
-        """Rows [T'] of the call that go on."""
+    @property
+    def looks_normed(self) -> bool:
+        """Whether it looks at rows as the decoder's last norm makes them."""
+        return any(piece.looks_normed for piece in self.stage.pieces)
+
+    def forward(self, view: View[Tensor]) -> Left:
+        """The rows of the call that go on, and the tokens it makes where it does."""
         stage, call = self.stage, view.call
         assert call is not None
-        _, kept = chosen_rows(stage, view)
-        return kept_rows(kept, call.starts, call.rows, stage.count_in)
+        first, tokens = call.starts[:, None], None
+        if not stage.count_out:
+            kept = first[:, :0]
+        elif stage.makes_tokens:
+            tokens = apply_stage(stage, view).features
+            # As many rows as there are tokens, whichever: none of them stays what it was.
+            kept = first * 0 + torch.arange(stage.count_out)
+        else:
+            _, kept = chosen_rows(stage, view)
+        return Left(rows=kept_rows(kept, call.starts, call.rows, stage.count_in), tokens=tokens)
+
+
+def with_tokens(x: Tensor, starts: Tensor, tokens: Tensor) -> Tensor:
+    """Rows x [1, T, W] with tokens [P, k, W] in place of the k rows from each of `starts` [P]."""
+    num_pictures, count, _ = tokens.shape
+    numbers = torch.arange(x.shape[1])
+    places = numbers[:, None] - starts
+    is_visual = (places >= 0) & (places < count)
+    # All tokens lie before all rows, those of picture p from p * k on.
+    of_tokens = ((places + torch.arange(num_pictures) * count) * is_visual).sum(-1)
+    rows = torch.where(is_visual.sum(-1) > 0, of_tokens, numbers + num_pictures * count)
+    return torch.cat([tokens.flatten(0, 1), x[0]]).index_select(0, rows)[None]
 
 
 def cut_modules(spec: VlmSpec) -> nn.ModuleList:

@@ -29,21 +29,22 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     if stage.merge is not None:
         if stage.count_out == stage.count_in:
             return tokens
-        made = _traced(stage, view, stage.merge.torch(view, stage.count_out))
-        # Within the encoder nothing depends on their order, and it is restored behind it.
+        merged = _traced(stage, view, stage.merge.torch(view, stage.count_out))
+        # Between the encoder's layers order says nothing; the encoder puts it right behind them.
         if stage.at == "encoder.layers":
-            return made
-        return replace(in_order(made, dense=view.dense), grid=stage.grid_out)
+            return merged
+        return replace(in_order(merged, dense=view.dense), grid=stage.grid_out)
     scores, kept = chosen_rows(stage, view)
     if stage.rest is not None and stage.extra:
         assert scores is not None, "checked when the stage was sized"
         made = stage.rest.torch(view, scores, kept, stage.extra)
         places = picked(tokens.places, made.places, dense=view.dense)
         return _traced(stage, view, replace(made, places=places, grid=stage.grid_out))
-    is_traced = tokens.provenance is not None
+    sizes, is_traced = tokens.sizes, tokens.provenance is not None
     taken = VisSeq(
         features=take_rows(tokens.features, kept, view.dense),
         places=picked(tokens.places, kept, dense=view.dense),
+        sizes=None if sizes is None else picked(sizes, kept, dense=view.dense),
         grid=stage.grid_out,
         provenance=way_of_rows(kept, tokens.features.shape[1]) if is_traced else None,
     )
@@ -103,10 +104,10 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
     if stage.merge is not None:
         if stage.count_out == stage.count_in:
             return tokens
-        made = _numpy_traced(stage, view, stage.merge.numpy(view, stage.count_out))
+        merged = _numpy_traced(stage, view, stage.merge.numpy(view, stage.count_out))
         if stage.at == "encoder.layers":
-            return made
-        return replace(numpy_in_order(made), grid=stage.grid_out)
+            return merged
+        return replace(numpy_in_order(merged), grid=stage.grid_out)
     assert stage.select is not None, "a stage has a verb"
     scores = None if stage.score is None else stage.score.numpy(view)
     kept = stage.select.numpy(view, scores, stage.count_out - stage.extra)
@@ -115,9 +116,11 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
         made = stage.rest.numpy(view, scores, kept, stage.extra)
         places = np.take_along_axis(tokens.places, made.places, 1)
         return _numpy_traced(stage, view, replace(made, places=places, grid=stage.grid_out))
+    sizes = tokens.sizes
     taken = VisSeq(
         features=np.take_along_axis(tokens.features, kept[..., None], 1),
         places=np.take_along_axis(tokens.places, kept, 1),
+        sizes=None if sizes is None else np.take_along_axis(sizes, kept, 1),
         grid=stage.grid_out,
         provenance=numpy_way_of_rows(kept, tokens.features.shape[1]),
     )

@@ -6,6 +6,7 @@ another way than asked is a decision that says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,15 @@ MIXERS = ("attention",)
 def problems_of(problem: Problem) -> None:
     """Raise Complaint for the first stage that this model has no place for."""
     spec, stages = problem.spec, problem.stages
-    is_whole = True
+    is_whole, is_packed = True, False
     for number, stage in enumerate(stages, 1):
         try:
             _check_site(spec, stage)
             _check_needs(spec, stage, is_whole=is_whole)
+            if stage.at == "decoder":
+                _check_place(spec, stage, is_packed=is_packed)
+                _check_heads(spec, stage)
+                is_packed = stage.place == "repack"
         except Complaint as complaint:
             message = f"stage {number}: {complaint.message}"
             raise Complaint(message, hint=complaint.hint) from None
@@ -42,6 +47,17 @@ def problems_of(problem: Problem) -> None:
 def _check_positions(problem: Problem) -> None:
     """Raise Complaint where a policy and the stages contradict each other."""
     policy, stages = problem.positions, problem.stages
+    before = [stage for stage in stages if stage.at != "decoder"]
+    giver = None if policy is None else policy.name
+    if policy is None and before and before[-1].place == "keep":
+        giver = f"place: keep of stage {len(before)}"
+    for number, stage in enumerate(stages, 1):
+        if stage.at == "decoder" and stage.place == "repack" and giver is not None:
+            raise Complaint(
+                f"stage {number}: positions are counted anew in the decoder, which takes those "
+                f"that count by one, and {giver} gives others",
+                hint="write place: keep, or choose a method whose stages keep positions",
+            )
     if policy is None:
         return
     if policy.v2pe is not None and problem.spec.decoder.rope.sections:
@@ -50,12 +66,6 @@ def _check_positions(problem: Problem) -> None:
             hint="choose share or ppe, or lower the resolution",
         )
     for number, stage in enumerate(stages, 1):
-        if stage.at == "decoder" and stage.place == "repack":
-            raise Complaint(
-                f"stage {number}: positions are counted anew in the decoder, which takes those "
-                f"that count by one, and {policy.name} gives others",
-                hint="write place: keep, or choose a method whose stages keep positions",
-            )
         if stage.at != "decoder" and stage.place == "keep" and policy.v2pe is None:
             raise Complaint(
                 f"stage {number}: tokens cannot keep their positions and have those of "
@@ -69,7 +79,6 @@ def _check_positions(problem: Problem) -> None:
                 hint="merge tokens instead",
             )
     if policy.ppe is not None:
-        before = [stage for stage in stages if stage.at != "decoder"]
         if not any(stage.merge is not None or stage.rest is not None for stage in before):
             raise Complaint(
                 "ppe gives merged tokens the places of their members, and no stage merges any",
@@ -108,6 +117,12 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
             f"patches are taken at {stage.at}",
             hint="put the stage at projector",
         )
+    if merge > 1 and stage.at == "encoder" and stage.place == "keep":
+        raise Complaint(
+            f"the projector joins squares of {merge} x {merge} patches, whose positions are not "
+            "those of patches",
+            hint="remove place, or put the stage at projector",
+        )
     if stage.at == "encoder.layers":
         if spec.vision.position == "rotary":
             raise Complaint(
@@ -122,6 +137,50 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                 "encoder, and their patches would no longer be the same",
                 hint="put the stage at encoder",
             )
+        for grid in spec.vision.grids:
+            if spec.patch_tokens(grid) != math.prod(grid):
+                raise Complaint(
+                    f"{spec.patch_tokens(grid)} rows leave the encoder, which are not its "
+                    f"{math.prod(grid)} patches",
+                    hint="put the stage at encoder",
+                )
+
+
+def _check_place(spec: VlmSpec, stage: StageOptions, *, is_packed: bool) -> None:
+    """Within the decoder positions are kept, or counted anew from there on."""
+    if stage.place == "repack":
+        if spec.decoder.rope.sections:
+            raise Complaint(
+                "positions have a row and a column of the grid, and cannot be counted anew within "
+                "the decoder",
+                hint="write place: keep",
+            )
+        return
+    if is_packed:
+        raise Complaint(
+            "it keeps positions, which a stage before it has counted anew",
+            hint="write place: repack",
+        )
+    maker = stage.rest or stage.merge
+    if maker is not None:
+        raise Complaint(
+            f"{maker.name!r} makes tokens of others, which have no positions to keep",
+            hint="write place: repack",
+        )
+
+
+def _check_heads(spec: VlmSpec, stage: StageOptions) -> None:
+    """A score by the best heads of a layer finds as many there."""
+    top_heads = getattr(stage.score, "top_heads", None)
+    if stage.score is None or not isinstance(top_heads, int):
+        return
+    layer = layer_of(stage, len(spec.decoder.layers)) - stage.score.looks_back
+    num_heads = spec.decoder.layers[layer].attention.num_heads
+    if top_heads > num_heads:
+        raise Complaint(
+            f"it goes by the best {top_heads} heads of {num_heads}",
+            hint="write a share of the heads, such as top_heads: 0.5",
+        )
 
 
 def _check_input(spec: VlmSpec, stage: StageOptions) -> None:
@@ -134,12 +193,6 @@ def _check_input(spec: VlmSpec, stage: StageOptions) -> None:
                 hint="remove place",
             )
         return
-    varying = [piece.name for piece in stage.pieces if not piece.is_fixed]
-    if varying:
-        raise Complaint(
-            f"{varying[0]!r} looks at tokens, and at input nothing has been seen yet",
-            hint="choose select: uniform, or score: random with select: top",
-        )
     height, width = spec.vision.grids[0]
     if spec.projector.merge == 1 and spec.patch_tokens((height, width)) != height * width:
         raise Complaint(
@@ -197,11 +250,8 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
             effect=_span_of(after),
         )
     _, stages = after.reduction.stages[0]
-    sized = iter(stages)
     for number, options in enumerate(problem.stages, 1):
-        parts = [next(sized)]
-        while options.at == "encoder.layers" and parts[-1].layer != len(after.vision.layers) - 1:
-            parts.append(next(sized))
+        parts = [stage for stage in stages if stage.number == number]
         first, last = parts[0], parts[-1]
         what = "+".join(piece.name for piece in options.pieces)
         site = f"decoder.layers.{last.layer}" if last.at == "decoder" else last.at

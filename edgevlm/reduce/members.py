@@ -7,10 +7,12 @@ K of its members, from the last in raster order backwards, and round again where
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import picked
 
 if TYPE_CHECKING:
@@ -40,6 +42,33 @@ def numpy_followed(way: np.ndarray, step: np.ndarray) -> np.ndarray:
         ],
         np.int64,
     )
+
+
+def begun(tokens: VisSeq[Tensor]) -> VisSeq[Tensor]:
+    """The same tokens, whose way begins here, where it is followed."""
+    import torch
+
+    if tokens.provenance is None:
+        return tokens
+    return replace(tokens, provenance=torch.arange(tokens.places.shape[1]) + tokens.places * 0)
+
+
+def numpy_begun(tokens: VisSeq[np.ndarray]) -> VisSeq[np.ndarray]:
+    """The twin of `begun`, for everybody."""
+    return replace(tokens, provenance=np.arange(tokens.places.shape[1]) + tokens.places * 0)
+
+
+def own_columns(tokens: VisSeq[Tensor]) -> list[Tensor]:
+    """[B, N, N]: a column for each token with a one in its row, which sums of rows have of members.
+
+    None where nobody asks.
+    """
+    import torch
+
+    if tokens.provenance is None:
+        return []
+    rows = torch.arange(tokens.places.shape[1])
+    return [(rows[:, None] == rows).to(tokens.features.dtype) + tokens.features[:, :, :1] * 0.0]
 
 
 def way_of_rows(rows: Tensor, num_tokens: int) -> Tensor:

@@ -25,7 +25,9 @@ MAIN = "main"
 class Stage:
     """One stage for one picture grid: `count_in` tokens come, `count_out` leave.
 
-    `layer` is the layer it stands before in the decoder, or in which it stands in the encoder.
+    `number` is that of the stage as it was written, from 1. `layer` is the layer it stands before
+    in the decoder, or in which it stands in the encoder: a merge in front of its MLP, a transform
+    behind it.
     `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are there where
     tokens lie on a whole grid. `place` is `keep` or `repack`.
     """
@@ -43,6 +45,7 @@ class Stage:
     merge: Merge | None = None
     transform: Transform | None = None
     extra: int = 0
+    number: int = 1
 
     @property
     def pieces(self) -> tuple[Any, ...]:
@@ -63,8 +66,12 @@ class Stage:
     @property
     def queries(self) -> frozenset[str]:
         """Kinds of text rows that it wants weights of, besides the last row."""
-        kinds = {getattr(piece, "query", "last") for piece in self.pieces}
-        return frozenset(kinds - {"last"})
+        return frozenset[str]().union(*(piece.asks for piece in self.pieces))
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether tokens leave that are none of those that came."""
+        return self.select is None or self.extra > 0
 
     @property
     def name(self) -> str:
@@ -92,13 +99,15 @@ class Reduction:
     """The stages of a model, for each of its patch grids, in the order in which tokens pass.
 
     There may be none, where tokens are given other `positions` alone. `method` is the name they
-    were asked by. `dense` asks for forms without TopK and Gather. `pictures` are how many picture
-    groups a prompt of fixed shape has at most.
+    were asked by. `dense` asks for forms without TopK and Gather. `merge` is the side of the
+    squares of patches that the projector makes tokens of. `pictures` are how many picture groups a
+    prompt of fixed shape has at most.
     """
 
     stages: tuple[tuple[Grid, tuple[Stage, ...]], ...]
     method: str | None = None
     dense: bool = False
+    merge: int = 1
     pictures: int = 2
     positions: PositionOptions | None = None
 
@@ -129,7 +138,10 @@ class Reduction:
     def tokens(self, grid: Grid, dense: int) -> int:
         """Visual tokens of a picture that enter the decoder, of `dense` before any stage."""
         before = self.before(grid)
-        return before[-1].count_out if before else dense
+        if not before:
+            return dense
+        is_joined = before[-1].at == "projector"
+        return before[-1].count_out // (1 if is_joined else self.merge**2)
 
     def segments(self, num_layers: int, dense: int) -> tuple[Segment, ...]:
         """The runs of decoder layers that see the same rows."""

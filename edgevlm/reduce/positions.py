@@ -166,7 +166,11 @@ def _places(spec: VlmSpec, grid: Grid) -> list[int]:
         if stage.at != "input":
             assert stage.grid_in is not None
             assert stage.grid_out is not None
-            places = [places[place] for place in centres(stage.grid_in, stage.grid_out)]
+            side = 1 if stage.at == "projector" else spec.projector.merge
+            old, new = (
+                (height // side, width // side) for height, width in (stage.grid_in, stage.grid_out)
+            )
+            places = [places[place] for place in centres(old, new)]
     return places
 
 

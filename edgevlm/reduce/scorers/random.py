@@ -21,7 +21,6 @@ class Random(Scorer):
 
     name: ClassVar[str] = "random"
     static_class: ClassVar[StaticClass] = "S3"
-    is_fixed: ClassVar[bool] = True
 
     seed: int = Field(0, ge=0)
 

@@ -8,7 +8,7 @@ divides by what rotation alone would give (arXiv 2410.04417).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,8 +37,10 @@ class TextAttention(Scorer):
     rope: Literal["on", "off", "corrected"] = Field(
         "on", description="Rotated, not rotated, or divided by what rotation alone gives."
     )
-    top_heads: int | None = Field(
-        None, ge=1, description="Only the heads that look at the pictures most; absent: all."
+    top_heads: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Only the heads that look at the pictures most, a number or a share of them; "
+        "absent: all.",
     )
 
     @property

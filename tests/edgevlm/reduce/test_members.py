@@ -17,10 +17,14 @@ from edgevlm.reduce.apply import apply_stage, numpy_apply_stage
 from edgevlm.reduce.choices.top import Top
 from edgevlm.reduce.members import followed, member_places, numpy_followed, way_of_rows
 from edgevlm.reduce.merges.bipartite import Bipartite
+from edgevlm.reduce.merges.clusters import Clusters
+from edgevlm.reduce.merges.fuse import Fuse
 from edgevlm.reduce.order import in_order, numpy_in_order
-from edgevlm.reduce.piece import Merge, StaticClass, known
+from edgevlm.reduce.piece import Merge, StaticClass
 from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.rests.anchors import Anchors
+from edgevlm.reduce.rests.neighbours import Neighbours
+from edgevlm.reduce.rests.recycle import Recycle
 from edgevlm.reduce.scorers.random import Random
 from edgevlm.reduce.seq import Probe, VisSeq
 from edgevlm.reduce.view import View
@@ -132,12 +136,21 @@ def test_tokens_that_are_kept_go_to_their_row() -> None:
     ]
 
 
-def test_a_merge_says_where_tokens_went() -> None:
+@pytest.mark.parametrize(
+    "piece",
+    [
+        Bipartite(metric="features"),
+        Bipartite(metric="features", rounds=3),
+        Clusters(),
+        Clusters(neighbours=2),
+    ],
+)
+def test_a_merge_says_where_tokens_went(piece: Merge) -> None:
     """What a token leaves as is the mean of those that went to it; two stages in turn."""
     ours, theirs = raster(13)
     first = ours.features
     for count_in, count_out in ((13, 8), (8, 5)):
-        merge = stage(count_in, count_out, merge=Bipartite())
+        merge = stage(count_in, count_out, merge=piece)
         ours = apply_stage(merge, View(tokens=ours))
         theirs = numpy_apply_stage(merge, View(tokens=theirs))
     assert ours.provenance is not None
@@ -147,7 +160,10 @@ def test_a_merge_says_where_tokens_went() -> None:
     for group in range(3):
         clusters = members(theirs.provenance[group], 5)
         assert sorted(itertools.chain(*clusters)) == list(range(13))
-        assert [min(cluster) for cluster in clusters] == theirs.places[group].tolist()
+        # A pair stands where its first token stood, a cluster where its centre did.
+        for place, cluster in zip(theirs.places[group].tolist(), clusters, strict=True):
+            assert place in cluster
+            assert isinstance(piece, Clusters) or place == min(cluster)
         assert ours.sizes is not None
         assert ours.sizes[group].tolist() == [len(cluster) for cluster in clusters]
         means = torch.stack([first[group, cluster].mean(0) for cluster in clusters])
@@ -155,27 +171,58 @@ def test_a_merge_says_where_tokens_went() -> None:
         torch.testing.assert_close(ours.features[group], means, atol=1e-5, rtol=0)
 
 
-def test_anchors_say_what_came_to_them() -> None:
-    """A chosen token goes alone, the best of the others to the anchors, and the rest nowhere."""
-    ours, theirs = raster(16, seed=2)
-    keys = np.random.default_rng(9).standard_normal((3, 16, 6))
-    probe = {"num_heads": 2, "num_kv_heads": 2, "scale": 1.0}
-    select = stage(
-        16, 6, score=Random(), select=Top(), rest=Anchors(share=0.34, pool=3), extra=2, at="encoder"
-    )
-    of_numpy = Probe(q=keys, k=keys, **probe)  # type: ignore[arg-type]
+def views(count: int, seed: int) -> tuple[View[Any], View[Any]]:
+    """Tokens with keys of a layer, for torch and for the twins."""
+    ours, theirs = raster(count, seed=seed)
+    keys = np.random.default_rng(9).standard_normal((3, count, 6))
     tensor = torch.from_numpy(keys.astype(np.float32))
-    of_torch = Probe(q=tensor, k=tensor, **probe)  # type: ignore[arg-type]
-    mine = apply_stage(select, View(tokens=ours, probes={-1: of_torch}))
-    twin = numpy_apply_stage(select, View(tokens=theirs, probes={-1: of_numpy}))
+    found = []
+    for tokens, k in ((ours, tensor), (theirs, keys)):
+        probe = Probe(q=k, k=k, num_heads=2, num_kv_heads=2, scale=1.0)
+        found.append(View(tokens=tokens, probes={-1: probe, "own": probe}))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(
+    ("rest", "extra", "came", "gone"),
+    [
+        (Anchors(share=0.34), 2, 12, 0),
+        (Anchors(share=0.34, pool=3), 2, 6, 6),
+        (Neighbours(count=3), 1, 12, 0),
+        (Recycle(share=0.5, per_cluster=5), 2, 7, 5),
+    ],
+)
+def test_the_rest_says_what_came_to_it(rest: Any, extra: int, came: int, gone: int) -> None:
+    """A chosen token goes alone, others to what is made of them, and some nowhere."""
+    ours, theirs = views(16, seed=2)
+    select = stage(
+        16, 4 + extra, score=Random(), select=Top(), rest=rest, extra=extra, at="encoder"
+    )
+    mine, twin = apply_stage(select, ours), numpy_apply_stage(select, theirs)
     assert mine.provenance is not None
     np.testing.assert_array_equal(mine.provenance.numpy(), twin.provenance)
     for group in range(3):
-        clusters = members(twin.provenance[group], 6)
+        clusters = members(twin.provenance[group], 4 + extra)
         assert [len(cluster) for cluster in clusters[:4]] == [1] * 4
-        assert sum(map(len, clusters[4:])) == 2 * 3
+        assert sum(map(len, clusters[4:])) == came
         np.testing.assert_array_equal(twin.sizes[group], [len(cluster) for cluster in clusters])
-        assert (twin.provenance[group] < 0).sum() == 16 - 4 - 6
+        assert (twin.provenance[group] < 0).sum() == gone
+        for place, cluster in zip(twin.places[group], clusters, strict=True):
+            assert place in cluster
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_what_goes_both_ways_is_followed(both_ways: bool) -> None:
+    ours, theirs = views(15, seed=6)
+    fuse = stage(15, 9, merge=Fuse(both_ways=both_ways), at="encoder.layers")
+    mine, twin = apply_stage(fuse, ours), numpy_apply_stage(fuse, theirs)
+    assert mine.provenance is not None
+    np.testing.assert_array_equal(mine.provenance.numpy(), twin.provenance)
+    for group in range(3):
+        clusters = members(twin.provenance[group], 9)
+        assert sorted(itertools.chain(*clusters)) == list(range(15))
+        assert [len(cluster) for cluster in clusters] == twin.sizes[group].tolist()
+        assert [min(cluster) for cluster in clusters] == twin.places[group].tolist()
 
 
 def test_tokens_come_back_in_order_with_all_they_have() -> None:
@@ -207,7 +254,11 @@ def test_tokens_come_back_in_order_with_all_they_have() -> None:
 
 def test_nobody_is_followed_where_nobody_asks() -> None:
     ours, _ = raster(8)
-    for pieces in ({"merge": Bipartite()}, {"score": Random(), "select": Top()}):
+    for pieces in (
+        {"merge": Bipartite(metric="features")},
+        {"merge": Clusters()},
+        {"score": Random(), "select": Top()},
+    ):
         plain = View(tokens=replace(ours, provenance=None))
         assert apply_stage(stage(8, 5, **pieces), plain).provenance is None
 
@@ -288,7 +339,7 @@ def test_places_survive_a_stage_in_every_layer_and_one_behind() -> None:
     model = drawn(spec)
     stages = [
         {"at": "encoder.layers", "keep": 10, "merge": "bipartite"},
-        {"at": "projector", "keep": 6, "merge": "bipartite"},
+        {"at": "projector", "keep": 6, "merge": {"bipartite": {"metric": "features"}}},
     ]
     reduced(model, stages=stages, positions=PPE)
     tokens = model.visual(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
@@ -304,7 +355,7 @@ def test_places_survive_a_stage_in_every_layer_and_one_behind() -> None:
 
 
 def test_the_decoder_turns_with_as_many_axes() -> None:
-    stages = [{"at": "projector", "keep": 10, "merge": "bipartite"}]
+    stages = [{"at": "projector", "keep": 0.6, "merge": "bipartite"}]
     rope = foreseen(llava_spec(), stages=stages, positions=PPE).decoder.rope
     assert (rope.sections, rope.num_axes) == ((2,) * 4, 4)
     spec = foreseen(qwen_model((8, 12)).spec, stages=stages, positions={"ppe": {"axes": 2}})
@@ -322,8 +373,8 @@ def test_a_prompt_without_pictures_is_as_before() -> None:
 
 
 def test_ppe_is_a_method() -> None:
-    if "clusters" not in known(Merge):
-        pytest.skip("the merge 'clusters' is not there yet")
+    """A recipe may have another number of places."""
     spec = foreseen(llava_spec(), method="ppe", keep=0.5)
-    assert spec.rule_axes == 1
-    assert spec.decoder.rope.num_axes == 8
+    assert (spec.rule_axes, spec.decoder.rope.num_axes, spec.image["tokens"]) == (1, 8, [8])
+    other = foreseen(llava_spec(), method="ppe", keep=0.5, positions=PPE)
+    assert other.decoder.rope.num_axes == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from edgevlm.document import Complaint
 from edgevlm.errors import PassError
 from edgevlm.evidence.fed import inputs_along, visual_of
 from edgevlm.model.rope import rope_tables
-from edgevlm.model.spec import RopeSpec
+from edgevlm.model.spec import ProjectorSpec, RopeSpec, VlmSpec
 from edgevlm.model.stages import token_offsets
 from edgevlm.reduce.positions import PositionOptions, blocks
-from edgevlm_runtime.image import ImageSpec
+from edgevlm_runtime.image import FixedGeometry, ImageSpec
 from edgevlm_runtime.rotary import RotaryTable
 from tests.edgevlm.calibrated import context
 from tests.edgevlm.reduce.placing import (
@@ -160,6 +161,36 @@ def test_a_coarser_grid_stands_at_its_centres(
     np.testing.assert_array_equal(answered[:, -2:], [[after, after + 1]] * 3)
 
 
+def joining_spec() -> VlmSpec:
+    """8 x 8 patches, of which squares of 2 x 2 are joined to 4 x 4 tokens."""
+    spec = llava_spec()
+    image = ImageSpec.from_json(spec.image)
+    geometry = FixedGeometry(size=(64, 64))
+    return replace(
+        spec,
+        vision=replace(spec.vision, grids=((8, 8),), class_token=False, drop_first_row=False),
+        projector=ProjectorSpec(
+            kind="pixel_shuffle", in_width=32, out_width=64, bias=False, merge=2
+        ),
+        image=replace(image, geometry=geometry).to_json(),
+    )
+
+
+def test_squares_of_a_coarser_grid_stand_at_their_centres() -> None:
+    """By the manifest; and where some of them are chosen, by the graph."""
+    pool = {"at": "encoder", "keep": 0.25, "transform": "avgpool"}
+    late = {"at": "projector", "keep": 2, "transform": "elastic", "place": "keep"}
+    spec = foreseen(joining_spec(), stages=[pool, late])
+    assert (spec.image["tokens"], spec.image["spans"]) == ([2], [16.0])
+    # Of 2 x 2 at 5, 7, 13 and 15 a row.
+    assert spec.image["offsets"] == [[[13.0], [15.0]]]
+    model = drawn(joining_spec())
+    reduced(model, stages=[pool, {**UNIFORM, "keep": 2, "place": "keep"}])
+    tokens = model.visual(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    found = token_offsets(model.spec, (8, 8), tokens)
+    assert found.tolist() == [[[13.0], [15.0]]]
+
+
 def test_three_axes_counted_anew_are_those_of_text() -> None:
     spec = foreseen(qwen_spec(), stages=[{**UNIFORM, "place": "repack"}])
     assert (spec.image.get("offsets"), spec.image["spans"]) == (None, [4.0, 4.0])
@@ -284,6 +315,17 @@ def test_cuts_that_count_anew_are_refused(policy: dict[str, Any], name: str) -> 
     assert foreseen(llava_spec(), stages=[MERGE, CUT], positions=policy).reduction is not None
 
 
+def test_cuts_that_count_anew_want_positions_that_count_by_one() -> None:
+    stages = [{**UNIFORM, "place": "keep"}, {**CUT, "keep": 2, "place": "repack"}]
+    assert refusal(llava_spec(), stages=stages) == (
+        "reduce: stage 2: positions are counted anew in the decoder, which takes those that count "
+        "by one, and place: keep of stage 1 gives others\n  hint: write place: keep, or choose a "
+        "method whose stages keep positions"
+    )
+    stages[0] = UNIFORM
+    assert foreseen(llava_spec(), stages=stages).image["spans"] is None
+
+
 @pytest.mark.parametrize(
     ("policy", "name"), [({"share": "all"}, "share"), ({"ppe": {"axes": 2}}, "ppe")]
 )
@@ -310,7 +352,7 @@ def test_other_refusals() -> None:
         "  hint: name a method or a stage that merges, such as merge: bipartite"
     )
     pool = {"at": "encoder", "keep": 4, "transform": "avgpool"}
-    late = {"at": "projector", "keep": 3, "merge": "bipartite"}
+    late = {"at": "projector", "keep": 3, "merge": "clusters"}
     assert refusal(llava_spec(), stages=[pool, late], positions={"ppe": {"axes": 2}}) == (
         "reduce: stage 1: 'avgpool' mixes tokens of a whole grid, which have no places of their "
         "own for ppe\n  hint: merge tokens instead"

@@ -17,7 +17,7 @@ from edgevlm.reduce.catalogue import load_method
 from edgevlm.reduce.resolution import reduced as spec_of
 from edgevlm.reduce.transforms.resize import Resize
 from edgevlm_runtime.image import FixedGeometry, ImageSpec, TiledGeometry, prepare
-from tests.edgevlm.reduce.placing import foreseen, llava_spec, qwen_spec, reduced
+from tests.edgevlm.reduce.placing import foreseen, llava_spec, qwen_spec, reduced, reduction
 from tests.edgevlm.tiny import drawn
 
 RESIZE = {"at": "input", "transform": "resize"}
@@ -256,10 +256,9 @@ def test_other_refusals() -> None:
     assert refusal(spec, stages=[{**RESIZE, "keep": 4, "place": "keep"}]) == (
         "reduce: stage 1: a smaller picture has positions of its own\n  hint: remove place"
     )
-    assert refusal(spec, stages=[{"at": "input", "keep": 4, "select": "spread"}]) == (
-        "reduce: stage 1: 'spread' looks at tokens, and at input nothing has been seen yet\n"
-        "  hint: choose select: uniform, or score: random with select: top"
-    )
+    for piece in ({"select": "spread"}, {"score": "encoder_attention", "select": "top"}):
+        with pytest.raises(ValueError, match=r"'(spread|encoder_attention)' cannot stand at input"):
+            reduction(stages=[{"at": "input", "keep": 4, **piece}])
     whole = dataclasses.replace(spec.vision, drop_first_row=False)
     assert refusal(dataclasses.replace(spec, vision=whole), stages=[{**DROP, "keep": 4}]) == (
         "reduce: stage 1: 17 rows leave an encoder of 4 x 4 patches, and the one that is no patch "
@@ -288,6 +287,6 @@ def test_a_class_token_among_the_tokens_stays_one() -> None:
 
 def test_a_spec_without_such_a_stage_is_left_alone() -> None:
     spec = llava_spec()
-    reduction = foreseen(spec, method="uniform", keep=0.5).reduction
-    assert reduction is not None
-    assert spec_of(spec, reduction) == dataclasses.replace(spec, reduction=reduction)
+    found = foreseen(spec, method="uniform", keep=0.5).reduction
+    assert found is not None
+    assert spec_of(spec, found) == dataclasses.replace(spec, reduction=found)
