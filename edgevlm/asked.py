@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from edgevlm.cache import digest
 from edgevlm.evidence.exam import Exam, prepare_exam
+from edgevlm.families.silent import silent_tokens
 from edgevlm.model.spec import VlmSpec
 from edgevlm.quant.calibrate import CalibrationCase, calibration_cases
 from edgevlm.recipe import Recipe
@@ -32,6 +36,19 @@ class Asked:
     capacity: int
     is_drawn: bool
 
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The manifest's text section.
+
+        It names the silent tokens where a stage asks for the words of a question: no spec knows
+        them, because it takes the tokenizer to tell.
+        """
+        reduction, text = self.spec.reduction, self.spec.text
+        if reduction is None or "words" not in reduction.asks:
+            return text
+        silent = _silent_tokens(self.tokenizer, json.dumps(text, sort_keys=True))
+        return {**text, "silent_tokens": list(silent)}
+
     def exam(self) -> Exam:
         """The samples of the evidence; raises RecipeError where a session has no room for one."""
         options = self.recipe.evidence
@@ -44,11 +61,12 @@ class Asked:
         exam = prepare_exam(
             cover_grids(samples, self._geometry),
             self.spec.image,
-            self.spec.text,
+            self.text,
             load_tokenizer(self.tokenizer),
             end_tokens=frozenset(self.spec.generation.eos_token_ids),
             max_new_tokens=options.max_new_tokens,
             score=None if self.is_drawn else score_answers,
+            num_axes=self.spec.decoder.rope.num_axes,
         )
         self._check_context(exam)
         return exam
@@ -80,9 +98,10 @@ class Asked:
         return calibration_cases(
             cover_grids(self._calibration_samples(), self._geometry),
             ImageSpec.from_json(self.spec.image),
-            TextSpec.from_json(self.spec.text),
+            TextSpec.from_json(self.text),
             load_tokenizer(self.tokenizer),
             min(self.spec.generation.eos_token_ids, default=0),
+            self.spec.decoder.rope.num_axes,
         )
 
     def calibration_key(self) -> str:
@@ -115,3 +134,9 @@ class Asked:
                 hint=f"set context.capacity to at least {needed}, or choose other samples with "
                 "evidence.data",
             )
+
+
+@lru_cache(maxsize=1)
+def _silent_tokens(tokenizer: bytes, text: str) -> tuple[int, ...]:
+    """Those of a tokenizer and a text section; every form of a model is asked with the same."""
+    return silent_tokens(load_tokenizer(tokenizer), TextSpec.from_json(json.loads(text)))

@@ -27,6 +27,8 @@ from filelock import FileLock
 DEFAULT_LIMIT_BYTES = 30 * 2**30
 _CODE_DISTRIBUTIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _CODE_PACKAGES = ("edgevlm", "edgevlm_export", "edgevlm_runtime")
+# The methods of reduction and lists of words are code, too.
+_SOURCES = (".py", ".txt", ".yaml")
 
 
 def default_root() -> Path:
@@ -56,7 +58,8 @@ def code_version() -> str:
     sources: dict[str, str] = {}
     for package in _CODE_PACKAGES:
         root = Path(__import__(package).__file__ or "").parent
-        for path in sorted(root.rglob("*.py")):
+        found = (path for suffix in _SOURCES for path in root.rglob(f"*{suffix}"))
+        for path in sorted(found):
             sources[f"{package}/{path.relative_to(root)}"] = file_digest(path)
     versions = {}
     for name in _CODE_DISTRIBUTIONS:

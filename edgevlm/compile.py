@@ -354,7 +354,7 @@ class Job:
             variants=variants,
             default_variant=self.plan.variants[0].target,
             image=self.plan.spec.image,
-            text=self.plan.spec.text,
+            text=self._asked(self.plan.spec).text,
             generation=replace(self._spec.generation, **options),
             files=files,
             provenance=provenance,

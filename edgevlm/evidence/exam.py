@@ -73,12 +73,16 @@ def prepare_exam(
     end_tokens: frozenset[int],
     max_new_tokens: int,
     score: Score | None,
+    num_axes: int | None = None,
 ) -> Exam:
-    """Preprocess the samples as the runtime will, by the manifest's image and text sections."""
+    """Preprocess the samples as the runtime will, by the manifest's image and text sections.
+
+    `num_axes` are those of the rotary embedding.
+    """
     image_spec, text_spec = ImageSpec.from_json(image), TextSpec.from_json(text)
     return Exam(
         samples=samples,
-        questions=[ask(sample, image_spec, text_spec, tokenizer) for sample in samples],
+        questions=[ask(sample, image_spec, text_spec, tokenizer, num_axes) for sample in samples],
         tokenizer=tokenizer,
         end_tokens=end_tokens,
         max_new_tokens=max_new_tokens,

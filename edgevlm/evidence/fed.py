@@ -57,7 +57,7 @@ def visual_of(model: Vlm, calls: Sequence[tuple[VisSeq[Tensor], tuple[int, int]]
     for tokens, grid in calls:
         rows.append(tokens.features.flatten(0, -2))
         if model.spec.moves_positions(grid):
-            offsets.append(token_offsets(model.spec, grid, tokens.places).flatten(0, -2))
+            offsets.append(token_offsets(model.spec, grid, tokens).flatten(0, -2))
     return Visual(rows=tuple(rows), offsets=tuple(offsets))
 
 
@@ -85,11 +85,16 @@ def asking_of(model: Vlm, question: Question) -> Asking:
 
 
 def positions(
-    question: Question, num_answered: int, rule: str = "sequential", visual: Visual | None = None
+    question: Question,
+    num_answered: int,
+    rule: str = "sequential",
+    visual: Visual | None = None,
+    num_axes: int | None = None,
 ) -> Tensor:
     """Positions [T + A] or [axes, T + A] of a prompt and the first A tokens of its answer.
 
-    `visual` are the prompt's visual tokens, whose positions may have moved by the bundle's rule.
+    `visual` are the prompt's visual tokens, whose positions may have moved by the bundle's rule;
+    `num_axes` are those of the rotary embedding.
     """
     prompt = question.prompt
     found, start = prompt.positions, prompt.next_position
@@ -100,6 +105,7 @@ def positions(
             [image.layout for image in question.images],
             rule,
             [x.numpy() for x in visual.offsets],
+            num_axes,
         )
     placed = torch.from_numpy(found)
     answered = torch.arange(num_answered) + start
@@ -114,9 +120,10 @@ def inputs_along(
     seen = None if visual is None else torch.cat(visual.rows)
     rows = model.embed(torch.from_numpy(prompt.token_ids), seen)
     fed = torch.tensor(answer[:-1], dtype=torch.long)
+    rule, num_axes = model.spec.text.get("positions", ""), model.spec.decoder.rope.num_axes
     return Fed(
         rows=torch.cat([rows, model.embedding(fed)[None]], dim=1),
-        positions=positions(question, len(fed), model.spec.text.get("positions", ""), visual),
+        positions=positions(question, len(fed), rule, visual, num_axes),
         num_prompt=len(prompt.token_ids),
         pictures=_pictures(question, len(fed)),
     )

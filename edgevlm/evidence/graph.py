@@ -43,6 +43,8 @@ class GraphWitness:
         self._table = open_table(self._bundle, embedding)
         # Not a session: it would hold the vision graph a second time.
         self._rule = TextSpec.from_json(self._bundle.manifest.text).positions
+        rope = self._bundle.variant.rope
+        self._num_axes = None if rope is None else rope.num_axes
         self._decoder: Decoder = open_decoder(self._bundle, Engines(self._bundle), self._table)
 
     def answer(self, question: Question, parent: Witness) -> Witness:
@@ -75,6 +77,7 @@ class GraphWitness:
                 [image.layout for image in question.images],
                 self._rule,
                 parent.offsets,
+                self._num_axes,
             )
         prompt = Prompt(
             embeds=embeds,

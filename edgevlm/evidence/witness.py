@@ -63,12 +63,16 @@ class Witness:
 
 
 def ask(
-    sample: Sample, image_spec: ImageSpec, text_spec: TextSpec, tokenizer: Tokenizer
+    sample: Sample,
+    image_spec: ImageSpec,
+    text_spec: TextSpec,
+    tokenizer: Tokenizer,
+    num_axes: int | None = None,
 ) -> Question:
-    """Preprocess a sample exactly as the runtime does."""
+    """Preprocess a sample exactly as the runtime does, for a rotary embedding of so many axes."""
     images = tuple(prepare(load_image(image, image_spec), image_spec) for image in sample.images)
     prompt = encode_prompt(
-        sample.messages, [image.layout for image in images], text_spec, tokenizer
+        sample.messages, [image.layout for image in images], text_spec, tokenizer, num_axes
     )
     return Question(images=images, prompt=prompt)
 

@@ -76,7 +76,7 @@ class VisionGraph(nn.Module):
         tokens = project(self.spec, self.projector, self.reduce, seen, self.grid, asking)
         if not self.spec.moves_positions(self.grid):
             return tokens.features
-        return tokens.features, token_offsets(self.spec, self.grid, tokens.places)
+        return tokens.features, token_offsets(self.spec, self.grid, tokens)
 
 
 class InplaceStep(nn.Module):

@@ -9,10 +9,10 @@ from edgevlm.model.spec import RopeSpec
 
 
 def rope_tables(rope: RopeSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, R] of positions [T], or of [3, T] (temporal, height, width).
+    """Cosines and sines [T, R] of positions [T], or of [A, T] for A axes.
 
-    With sections, consecutive frequencies turn with the first, second and third position; a row of
-    text has three equal ones.
+    With sections, consecutive frequencies turn with the first, second and further positions; a row
+    of text has equal ones.
     """
     inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float32)
     if rope.sections:

@@ -255,9 +255,8 @@ class VlmSpec:
 
     def image_tokens(self, grid: tuple[int, int]) -> int:
         """Rows of the decoder that one picture (or tile) of that grid becomes."""
-        if self.reduction is not None:
-            return self.reduction.tokens(grid)
-        return self.dense_tokens(grid)
+        dense = self.dense_tokens(grid)
+        return dense if self.reduction is None else self.reduction.tokens(grid, dense)
 
     def dense_tokens(self, grid: tuple[int, int]) -> int:
         """The same before any reduction."""
@@ -275,18 +274,32 @@ class VlmSpec:
         is_whole = self.patch_tokens(grid) == grid[0] * grid[1]
         return (grid[0] // merge, grid[1] // merge) if is_whole else None
 
+    @property
+    def rule_axes(self) -> int:
+        """Numbers that tell the places of a picture apart: one, or those of a grid."""
+        reduction = self.reduction
+        policy = None if reduction is None else reduction.positions
+        return self.decoder.rope.num_axes // (1 if policy is None else policy.num_places)
+
+    def keeps_places(self, grid: tuple[int, int]) -> bool:
+        """Whether visual tokens of that grid stand where they stood in the whole picture."""
+        before = () if self.reduction is None else self.reduction.before(grid)
+        return bool(before) and before[-1].place == "keep"
+
     def moves_positions(self, grid: tuple[int, int]) -> bool:
-        """Whether visual tokens of that grid stand where their picture says, not in a row."""
+        """Whether visual tokens of that grid stand where the graph says that made them."""
         if self.reduction is None:
             return False
-        before = self.reduction.of(grid, "encoder.layers", "encoder", "projector")
-        return bool(before) and before[-1].place == "keep"
+        policy, before = self.reduction.positions, self.reduction.before(grid)
+        if policy is not None and policy.ppe is not None:
+            return True
+        return self.keeps_places(grid) and any(stage.transform is None for stage in before)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The runs of decoder layers that see the same rows: one, unless stages cut between."""
         num_layers = len(self.decoder.layers)
+        dense = self.dense_tokens(self.vision.grids[0])
         if self.reduction is not None:
-            return self.reduction.segments(num_layers)
-        tokens = self.image_tokens(self.vision.grids[0])
-        return (Segment(group="main", first=0, end=num_layers, tokens=tokens),)
+            return self.reduction.segments(num_layers, dense)
+        return (Segment(group="main", first=0, end=num_layers, tokens=dense),)

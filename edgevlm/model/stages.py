@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from edgevlm.model.attention import Watched
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.apply import apply_stage, chosen_rows
+from edgevlm.reduce.lattice import centres
+from edgevlm.reduce.members import member_places
 from edgevlm.reduce.piece import Site
 from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import Probe, VisSeq
@@ -43,11 +45,21 @@ class StageModule(nn.Module):
 
 
 def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
-    """The stages at some sites, in order; none where the model has no reduction."""
+    """The stages at some sites, in order; none where the model has no reduction.
+
+    A picture is made smaller before the model sees it, which is no stage of its own.
+    """
     reduction = spec.reduction
     if reduction is None:
         return nn.ModuleList()
-    by_grid = {grid: reduction.of(grid, *sites) for grid, _ in reduction.stages}
+    by_grid = {
+        grid: [
+            stage
+            for stage in reduction.of(grid, *sites)
+            if stage.at != "input" or stage.transform is None
+        ]
+        for grid, _ in reduction.stages
+    }
     count = max(len(stages) for stages in by_grid.values())
     return nn.ModuleList(
         StageModule({grid: stages[index] for grid, stages in by_grid.items()})
@@ -107,10 +119,12 @@ def watched_probe(
     return probe_of(spec, watched.q, watched.k, first=first, class_row=class_row, order=order)
 
 
-def in_raster(features: Tensor, grid: Grid | None) -> VisSeq[Tensor]:
-    """Tokens that nothing has been done to."""
+def in_raster(features: Tensor, grid: Grid | None, *, traced: bool = False) -> VisSeq[Tensor]:
+    """Tokens that nothing has been done to; where they are `traced`, their way is followed."""
     batch, count, _ = features.shape
-    return VisSeq(features=features, places=torch.arange(count).expand(batch, count), grid=grid)
+    places = torch.arange(count).expand(batch, count)
+    way = places if traced else None
+    return VisSeq(features=features, places=places, grid=grid, provenance=way)
 
 
 def run_stages(modules: nn.ModuleList, view: View[Tensor], grid: Grid) -> VisSeq[Tensor]:
@@ -168,7 +182,13 @@ def project(
         tokens = replace(encoded, features=rows)
     else:
         is_whole = spec.token_grid(grid) is not None
-        tokens = in_raster(rows, (here[0] // merge, here[1] // merge) if is_whole else None)
+        lie = (here[0] // merge, here[1] // merge) if is_whole else None
+        is_traced = spec.reduction is not None and spec.reduction.is_traced
+        tokens = in_raster(rows, lie, traced=is_traced)
+        if here != grid:
+            # Squares of a coarser grid stand for those that lie at their middles.
+            old, new = ((side[0] // merge, side[1] // merge) for side in (grid, here))
+            tokens = replace(tokens, places=tokens.places * 0 + torch.tensor(centres(old, new)))
     view = View(
         tokens=tokens,
         probes=seen.probes,
@@ -180,15 +200,31 @@ def project(
     return run_stages(stages, view, grid)
 
 
-def token_offsets(spec: VlmSpec, grid: Grid, places: Tensor) -> Tensor:
+def token_offsets(spec: VlmSpec, grid: Grid, tokens: VisSeq[Tensor]) -> Tensor:
     """How far tokens [N, k] stand behind the beginning of their picture: [N, k, A] for A axes."""
-    if not spec.decoder.rope.sections:
-        return places[..., None].to(torch.float32)
-    shape = spec.token_grid(grid)
-    assert shape is not None, "three axes are those of a grid"
-    columns = shape[1]
-    axes = (places * 0, places // columns, places % columns)
-    return torch.stack(axes, -1).to(torch.float32)
+    assert spec.reduction is not None
+    policy, places = spec.reduction.positions, tokens.places[..., None]
+    if policy is not None and policy.ppe is not None:
+        assert tokens.provenance is not None
+        places = member_places(tokens.provenance, tokens.places.shape[1], policy.num_places)
+    axes = [places]
+    if spec.rule_axes > 1:
+        shape = spec.token_grid(grid)
+        assert shape is not None, "three axes are those of a grid"
+        down = _row_numbers(places, shape)
+        axes = [places * 0, down, places - down * shape[1]]
+    offsets = torch.cat(axes, -1).to(torch.float32)
+    if policy is not None and policy.v2pe is not None:
+        offsets = (offsets + 1.0) * policy.v2pe.step - 1.0
+    return offsets
+
+
+def _row_numbers(places: Tensor, grid: Grid) -> Tensor:
+    """The rows of a grid that places lie in: the quotient, which is no op of every target."""
+    if grid[0] == 1:
+        return places * 0
+    begins = torch.arange(1, grid[0]) * grid[1]
+    return (places[..., None] >= begins).sum(-1)
 
 
 def visual_tokens(call: Call[Tensor], stage: Stage) -> VisSeq[Tensor]:

@@ -18,13 +18,15 @@ from edgevlm.model.attention import (
 )
 from edgevlm.model.layers import Layer
 from edgevlm.model.norms import build_norm
-from edgevlm.model.spec import VisionSpec
+from edgevlm.model.spec import VisionSpec, VlmSpec
 from edgevlm.model.stages import (
     Grid,
     Seen,
     StageModule,
     in_raster,
     run_stages,
+    stage_modules,
+    watched_layers,
     watched_probe,
 )
 from edgevlm.reduce.order import in_order
@@ -154,10 +156,21 @@ class Vision(nn.Module):
         self.pre_norm = build_norm(spec.width, spec.pre_norm) if spec.pre_norm else None
         self.layers = nn.ModuleList(Layer(spec.width, layer) for layer in spec.layers)
         self.norm = build_norm(spec.width, spec.norm) if spec.norm else None
-        # Stages in the layers, one for each of some, and those behind the last.
+        # Stages before the layers, in them, one for each of some, and behind the last.
+        self.drops = nn.ModuleList()
         self.merges = nn.ModuleList()
         self.reduce = nn.ModuleList()
         self.watched = frozenset[int]()
+        self.traced = False
+
+    def stage(self, spec: VlmSpec) -> None:
+        """Take the reduction of a model's spec: its stages, at their sites."""
+        self.spec = spec.vision
+        self.drops = stage_modules(spec, "input")
+        self.merges = stage_modules(spec, "encoder.layers")
+        self.reduce = stage_modules(spec, "encoder")
+        self.watched = watched_layers(spec)
+        self.traced = spec.reduction is not None and spec.reduction.is_traced
 
     def forward(
         self, pixels: Tensor, tables: GridTables | None = None, grid: Grid | None = None
@@ -182,12 +195,15 @@ class Vision(nn.Module):
             x = x[:, 1:]
         if tables is not None:
             x = x.index_select(1, tables.inverse)
-        tokens = in_raster(x, grid if self.spec.pixels == "image" else None)
         if len(self.merges):
             tokens = replace(rows.tokens, features=x)
             if tokens.grid is None:
                 # Merging leaves halves one behind the other: back to the order of the picture.
                 tokens = in_order(tokens)
+        elif len(self.drops):
+            tokens = replace(rows.tokens, features=x)
+        else:
+            tokens = self._in_raster(x, grid)
         view = View(tokens=tokens, probes=rows.probes)
         return Seen(tokens=run_stages(self.reduce, view, grid), probes=rows.probes)
 
@@ -199,8 +215,16 @@ class Vision(nn.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         first = int(self.spec.class_token)
-        tokens = in_raster(x[:, first:], grid if self.spec.pixels == "image" else None)
+        tokens = self._in_raster(x[:, first:], grid)
+        if len(self.drops):
+            tokens = run_stages(self.drops, View(tokens=tokens), grid)
+            x = torch.cat([x[:, :first], tokens.features], dim=1)
         return VisionRows(x=x, tokens=tokens, probes={}, kept={0: x})
+
+    def _in_raster(self, x: Tensor, grid: Grid) -> VisSeq[Tensor]:
+        """Patches [N, rows, W] that nothing has been done to."""
+        lie = grid if self.spec.pixels == "image" else None
+        return in_raster(x, lie, traced=self.traced)
 
     def step(
         self, index: int, rows: VisionRows, tables: GridTables | None, grid: Grid

@@ -18,12 +18,12 @@ from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.model.stages import (
     Asking,
     CutModule,
+    Grid,
     Pictures,
     Seen,
     cut_modules,
     project,
     stage_modules,
-    watched_layers,
 )
 from edgevlm.model.vision import Vision, grid_tables
 from edgevlm.reduce.seq import VisSeq
@@ -75,9 +75,7 @@ class Vlm(nn.Module):
     def stage(self, spec: VlmSpec) -> None:
         """Take the reduction of a spec: its stages, at their sites."""
         self.spec = spec
-        self.vision.merges = stage_modules(spec, "encoder.layers")
-        self.vision.reduce = stage_modules(spec, "encoder")
-        self.vision.watched = watched_layers(spec)
+        self.vision.stage(spec)
         self.reduce = stage_modules(spec, "projector")
         for decoder in (self.decoder, self.prefill):
             if decoder is not None:
@@ -90,19 +88,13 @@ class Vlm(nn.Module):
         self.prefill.head = self.decoder.head
 
     def encode(
-        self,
-        pixels: Tensor,
-        grid: tuple[int, int] | None = None,
-        question: Asking | None = None,
+        self, pixels: Tensor, grid: Grid | None = None, question: Asking | None = None
     ) -> Tensor:
         """Map pixels [N, ...] of pictures (or tiles) of one grid to image rows [N, tokens, W]."""
         return self.visual(pixels, grid, question).features
 
     def visual(
-        self,
-        pixels: Tensor,
-        grid: tuple[int, int] | None = None,
-        question: Asking | None = None,
+        self, pixels: Tensor, grid: Grid | None = None, question: Asking | None = None
     ) -> VisSeq[Tensor]:
         """The visual tokens of pictures of one grid, as rows of the decoder."""
         grid = self.spec.vision.grids[0] if grid is None else grid

@@ -4,6 +4,7 @@
     - reduce:
         stages:
           - {at: projector, keep: 64, select: spread}
+    - reduce: {positions: {v2pe: {step: 0.25}}}
 
 `keep` is the average of visual tokens over the layers of the decoder, as a share or a number.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
@@ -21,10 +22,11 @@ from edgevlm.errors import PassError
 from edgevlm.passes.base import Change, Context, Foresight, Pass
 from edgevlm.reduce.catalogue import load_method, method_names
 from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.positions import PositionOptions, blocks, image_section
 from edgevlm.reduce.solve import Problem, solve
 
 if TYPE_CHECKING:
-    from edgevlm.model.spec import VlmSpec
+    from edgevlm.model.spec import DecoderSpec, VlmSpec
     from edgevlm.model.vlm import Vlm
     from edgevlm.reduce.plan import Stage
 
@@ -70,6 +72,11 @@ class Reduce(Pass):
     stages: tuple[StageOptions, ...] = Field(
         (), description="The stages themselves, in the order in which tokens pass them."
     )
+    positions: PositionOptions | None = Field(
+        None,
+        description="Where visual tokens stand; absent: as the method says, else they count by "
+        "one, or stand where they stood.",
+    )
     pictures: int = Field(
         2,
         ge=1,
@@ -82,10 +89,17 @@ class Reduce(Pass):
     def _names_one_thing(cls, data: object) -> object:
         if not isinstance(data, Mapping):
             return data
-        if (data.get("method") is None) == (not data.get("stages")):
+        given = [key for key in ("method", "stages") if data.get(key)]
+        if len(given) > 1 or not (given or data.get("positions")):
             raise Complaint(
                 "a reduction has either a method or stages",
                 hint=f"write method: {method_names()[0]}, or stages",
+            )
+        if not given and data.get("keep") is not None:
+            raise Complaint(
+                "keep is a budget of stages, and positions alone leave all tokens",
+                hint="remove keep, or name a method",
+                key="keep",
             )
         method = data.get("method")
         if isinstance(method, str) and method not in method_names():
@@ -98,9 +112,17 @@ class Reduce(Pass):
         """The stages of the method, or those of the recipe."""
         return self.stages if self.method is None else load_method(self.method).stages
 
+    @property
+    def asked_positions(self) -> PositionOptions | None:
+        """The policy of the recipe, or that of the method."""
+        if self.positions is not None or self.method is None:
+            return self.positions
+        return load_method(self.method).positions
+
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Every stage sized, and what becomes of what it asks."""
         from edgevlm.reduce.check import decisions_of, problems_of
+        from edgevlm.reduce.resolution import reduced
 
         if spec.reduction is not None:
             raise PassError(
@@ -118,30 +140,38 @@ class Reduce(Pass):
             budget=self.keep,
             method=self.method,
             pictures=self.pictures,
+            positions=self.asked_positions,
         )
         try:
             problems_of(problem)
-            reduction = solve(problem)
+            after = reduced(spec, solve(problem))
+            after = replace(after, decoder=_decoder_of(after))
+            after = replace(after, image=image_section(after))
         except Complaint as complaint:
             raise PassError(complaint.message, name=self.name, hint=complaint.hint) from None
-        after = replace(spec, reduction=reduction)
-        after = replace(after, image=_image_section(after))
         return Foresight(
             spec=after,
-            effect=effect_of(after),
+            effect=effect_of(spec, after),
             decisions=tuple(decisions_of(problem, after, context)),
         )
 
     def apply(self, model: Vlm, context: Context) -> Change:
         """Put the stages at their sites."""
-        after = self.foresee(model.spec, context).spec
+        from edgevlm.reduce.resolution import fit_positions
+
+        before = model.spec
+        after = self.foresee(before, context).spec
+        fit_positions(model, after)
         model.stage(after)
         assert after.reduction is not None
-        grid, stages = after.reduction.stages[0]
+        _, stages = after.reduction.stages[0]
+        sites = [site_of(stage) for stage in stages]
+        if after.reduction.positions is not None:
+            sites.append("decoder")
         return Change(
-            sites=tuple(dict.fromkeys(site_of(stage) for stage in stages)),
+            sites=tuple(dict.fromkeys(sites)),
             measures={
-                "visual_tokens_before": after.dense_tokens(grid),
+                "visual_tokens_before": before.dense_tokens(before.vision.grids[0]),
                 "visual_tokens": _average(after),
             },
         )
@@ -152,13 +182,15 @@ def site_of(stage: Stage) -> str:
     if stage.at in ("decoder", "encoder.layers"):
         part = "decoder" if stage.at == "decoder" else "vision"
         return f"{part}.layers.{stage.layer}"
+    if stage.at == "input" and stage.transform is not None:
+        return "vision.embed.position"
     return "projector" if stage.at == "projector" else "vision"
 
 
-def effect_of(spec: VlmSpec) -> str:
+def effect_of(before: VlmSpec, after: VlmSpec) -> str:
     """How many tokens are left, in a line."""
-    grid = spec.vision.grids[0]
-    return f"{spec.dense_tokens(grid)} visual tokens become {_average(spec):.4g} on average"
+    dense = before.dense_tokens(before.vision.grids[0])
+    return f"{dense} visual tokens become {_average(after):.4g} on average"
 
 
 def _average(spec: VlmSpec) -> float:
@@ -167,18 +199,12 @@ def _average(spec: VlmSpec) -> float:
     return average_tokens(spec.segments)
 
 
-def _image_section(spec: VlmSpec) -> dict[str, Any]:
-    """The manifest's image section: how many tokens a picture has now, and where they stand."""
-    grids = spec.vision.grids
-    section = {**spec.image, "tokens": [spec.image_tokens(grid) for grid in grids]}
-    if any(spec.moves_positions(grid) for grid in grids):
-        section["spans"] = [float(_span(spec, grid)) for grid in grids]
-    return section
-
-
-def _span(spec: VlmSpec, grid: tuple[int, int]) -> int:
-    """How far a picture moves the position of what follows it: as far as it did whole."""
-    shape = spec.token_grid(grid)
-    if spec.decoder.rope.sections and shape is not None:
-        return max(shape)
-    return spec.dense_tokens(grid)
+def _decoder_of(spec: VlmSpec) -> DecoderSpec:
+    """The decoder, whose frequencies turn with as many axes as tokens have places."""
+    assert spec.reduction is not None
+    decoder, policy = spec.decoder, spec.reduction.positions
+    if policy is None or policy.ppe is None:
+        return decoder
+    rope = decoder.rope
+    sections = blocks(rope.sections, len(rope.inv_freq), policy.ppe.axes)
+    return replace(decoder, rope=replace(rope, sections=sections))

@@ -45,12 +45,16 @@ def calibration_cases(
     text: TextSpec,
     tokenizer: Tokenizer,
     end_token: int,
+    num_axes: int | None = None,
 ) -> list[CalibrationCase]:
-    """Preprocess samples as the runtime does, and encode their first answers."""
+    """Preprocess samples as the runtime does, and encode their first answers.
+
+    `num_axes` are those of the rotary embedding.
+    """
     cases = []
     for sample in samples:
         tokens = tokenizer.encode(sample.answers[0], add_special_tokens=False).ids
-        question = ask(sample, image, text, tokenizer)
+        question = ask(sample, image, text, tokenizer, num_axes)
         cases.append(CalibrationCase(question=question, answer=(*tokens, end_token)))
     return cases
 

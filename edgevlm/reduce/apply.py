@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgevlm.errors import ModelError
+from edgevlm.reduce.lattice import centres
+from edgevlm.reduce.members import followed, numpy_followed, numpy_way_of_rows, way_of_rows
 from edgevlm.reduce.order import in_order, numpy_in_order
 from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import VisSeq
@@ -17,14 +20,16 @@ if TYPE_CHECKING:
 
 
 def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
-    """The tokens that leave a stage; the way is the same where all of them do."""
+    """The tokens that leave a stage, in the order of their places where it merges."""
     from edgevlm_export.ops import take_rows
 
     tokens = view.tokens
     if stage.transform is not None:
         return _transformed(stage, tokens)
     if stage.merge is not None:
-        merged = stage.merge.torch(view, stage.count_out)
+        if stage.count_out == stage.count_in:
+            return tokens
+        merged = _traced(stage, view, stage.merge.torch(view, stage.count_out))
         # Between the encoder's layers order says nothing; the encoder puts it right behind them.
         if stage.at == "encoder.layers":
             return merged
@@ -33,18 +38,33 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     if stage.rest is not None and stage.extra:
         assert scores is not None, "checked when the stage was sized"
         made = stage.rest.torch(view, scores, kept, stage.extra)
-        return VisSeq(
-            features=made.features,
-            places=picked(tokens.places, made.places, dense=view.dense),
-            sizes=made.sizes,
-            grid=stage.grid_out,
-        )
-    sizes = tokens.sizes
-    return VisSeq(
+        places = picked(tokens.places, made.places, dense=view.dense)
+        return _traced(stage, view, replace(made, places=places, grid=stage.grid_out))
+    sizes, is_traced = tokens.sizes, tokens.provenance is not None
+    taken = VisSeq(
         features=take_rows(tokens.features, kept, view.dense),
         places=picked(tokens.places, kept, dense=view.dense),
         sizes=None if sizes is None else picked(sizes, kept, dense=view.dense),
         grid=stage.grid_out,
+        provenance=way_of_rows(kept, tokens.features.shape[1]) if is_traced else None,
+    )
+    return _traced(stage, view, taken)
+
+
+def _traced(stage: Stage, view: View[Tensor], made: VisSeq[Tensor]) -> VisSeq[Tensor]:
+    """With the way of the tokens before any stage, where somebody asks."""
+    way = view.tokens.provenance
+    if way is None:
+        return replace(made, provenance=None)
+    if made.provenance is None:
+        raise _unknown_way(stage)
+    return replace(made, provenance=followed(way, made.provenance, dense=view.dense))
+
+
+def _unknown_way(stage: Stage) -> ModelError:
+    return ModelError(
+        f"{stage.name!r} does not say where tokens went, and positions of several places ask",
+        hint="choose another merge, or remove ppe",
     )
 
 
@@ -71,7 +91,7 @@ def _transformed(stage: Stage, tokens: VisSeq[Tensor]) -> VisSeq[Tensor]:
     cells = torch.from_numpy(across.astype(np.float32)) @ cells
     return VisSeq(
         features=cells.reshape(-1, stage.count_out, width),
-        places=tokens.places.index_select(1, torch.from_numpy(_centres(stage))),
+        places=tokens.places.index_select(1, torch.tensor(_centres(stage))),
         grid=stage.grid_out,
     )
 
@@ -82,7 +102,9 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
     if stage.transform is not None:
         return _numpy_transformed(stage, tokens)
     if stage.merge is not None:
-        merged = stage.merge.numpy(view, stage.count_out)
+        if stage.count_out == stage.count_in:
+            return tokens
+        merged = _numpy_traced(stage, view, stage.merge.numpy(view, stage.count_out))
         if stage.at == "encoder.layers":
             return merged
         return replace(numpy_in_order(merged), grid=stage.grid_out)
@@ -93,14 +115,28 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
         assert scores is not None, "checked when the stage was sized"
         made = stage.rest.numpy(view, scores, kept, stage.extra)
         places = np.take_along_axis(tokens.places, made.places, 1)
-        return VisSeq(features=made.features, places=places, sizes=made.sizes, grid=stage.grid_out)
+        return _numpy_traced(stage, view, replace(made, places=places, grid=stage.grid_out))
     sizes = tokens.sizes
-    return VisSeq(
+    taken = VisSeq(
         features=np.take_along_axis(tokens.features, kept[..., None], 1),
         places=np.take_along_axis(tokens.places, kept, 1),
         sizes=None if sizes is None else np.take_along_axis(sizes, kept, 1),
         grid=stage.grid_out,
+        provenance=numpy_way_of_rows(kept, tokens.features.shape[1]),
     )
+    return _numpy_traced(stage, view, taken)
+
+
+def _numpy_traced(
+    stage: Stage, view: View[np.ndarray], made: VisSeq[np.ndarray]
+) -> VisSeq[np.ndarray]:
+    """The twin of `_traced`."""
+    way = view.tokens.provenance
+    if way is None:
+        return replace(made, provenance=None)
+    if made.provenance is None:
+        raise _unknown_way(stage)
+    return replace(made, provenance=numpy_followed(way, made.provenance))
 
 
 def _numpy_transformed(stage: Stage, tokens: VisSeq[np.ndarray]) -> VisSeq[np.ndarray]:
@@ -126,13 +162,8 @@ def _matrices(stage: Stage) -> tuple[np.ndarray, np.ndarray]:
     return height, width
 
 
-def _centres(stage: Stage) -> np.ndarray:
-    """The tokens that those of the new grid stand for: [k] int64, where their middles lie."""
+def _centres(stage: Stage) -> list[int]:
+    """The tokens that came which those of the new grid stand for."""
     assert stage.grid_in is not None
     assert stage.grid_out is not None
-    down, across = (
-        (2 * np.arange(new) + 1) * old // (2 * new)
-        for old, new in zip(stage.grid_in, stage.grid_out, strict=True)
-    )
-    found: np.ndarray = (down[:, None] * stage.grid_in[1] + across).ravel().astype(np.int64)
-    return found
+    return centres(stage.grid_in, stage.grid_out)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from edgevlm.document import Options, read
 from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.positions import PositionOptions
 
 __all__ = ["Method", "load_method", "method_names"]
 
@@ -22,6 +23,7 @@ class Method(Options):
     source: str = Field(min_length=1, description="The paper or project it is from.")
     notes: tuple[str, ...] = Field((), description="Where this form differs from the published.")
     stages: tuple[StageOptions, ...] = Field(min_length=1)
+    positions: PositionOptions | None = Field(None, description="Where visual tokens stand.")
 
 
 def method_names() -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from edgevlm.decisions import Decision
 from edgevlm.document import Complaint
 from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.positions import blocks, span
+from edgevlm.reduce.resolution import check_resolution
 from edgevlm.reduce.solve import Problem, layer_of
 
 if TYPE_CHECKING:
@@ -37,15 +39,57 @@ def problems_of(problem: Problem) -> None:
         except Complaint as complaint:
             message = f"stage {number}: {complaint.message}"
             raise Complaint(message, hint=complaint.hint) from None
-        is_whole = False
+        # Patches that never enter the encoder are missing in every layer alike.
+        is_whole = is_whole and stage.at == "input"
+    _check_positions(problem)
+
+
+def _check_positions(problem: Problem) -> None:
+    """Raise Complaint where a policy and the stages contradict each other."""
+    policy, stages = problem.positions, problem.stages
+    before = [stage for stage in stages if stage.at != "decoder"]
+    giver = None if policy is None else policy.name
+    if policy is None and before and before[-1].place == "keep":
+        giver = f"place: keep of stage {len(before)}"
+    for number, stage in enumerate(stages, 1):
+        if stage.at == "decoder" and stage.place == "repack" and giver is not None:
+            raise Complaint(
+                f"stage {number}: positions are counted anew in the decoder, which takes those "
+                f"that count by one, and {giver} gives others",
+                hint="write place: keep, or choose a method whose stages keep positions",
+            )
+    if policy is None:
+        return
+    if policy.v2pe is not None and problem.spec.decoder.rope.sections:
+        raise Complaint(
+            "v2pe counts along one axis, and visual tokens of this model stand on three",
+            hint="choose share or ppe, or lower the resolution",
+        )
+    for number, stage in enumerate(stages, 1):
+        if stage.at != "decoder" and stage.place == "keep" and policy.v2pe is None:
+            raise Complaint(
+                f"stage {number}: tokens cannot keep their positions and have those of "
+                f"{policy.name}",
+                hint="remove place",
+            )
+        if policy.ppe is not None and stage.transform is not None and stage.at != "input":
+            raise Complaint(
+                f"stage {number}: {stage.transform.name!r} mixes tokens of a whole grid, which "
+                "have no places of their own for ppe",
+                hint="merge tokens instead",
+            )
+    if policy.ppe is not None:
+        if not any(stage.merge is not None or stage.rest is not None for stage in before):
+            raise Complaint(
+                "ppe gives merged tokens the places of their members, and no stage merges any",
+                hint="name a method or a stage that merges, such as merge: bipartite",
+            )
+        rope = problem.spec.decoder.rope
+        blocks(rope.sections, len(rope.inv_freq), policy.ppe.axes)
 
 
 def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
     """A stage needs tokens that can be taken one by one where it stands."""
-    if stage.at == "input":
-        raise Complaint(
-            "no stage can stand at input yet", hint="put it at encoder, behind the patches"
-        )
     if stage.at == "decoder":
         layer = layer_of(stage, len(spec.decoder.layers))
         for index, later in enumerate(spec.decoder.layers[layer:], layer):
@@ -61,9 +105,11 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                 "one number of tokens",
                 hint="name one grid in image.grids, or put the stage at projector",
             )
+    if stage.at == "input":
+        _check_input(spec, stage)
     merge = spec.projector.merge
     takes_patches = stage.at == "encoder.layers" or (
-        stage.at == "encoder" and stage.transform is None
+        stage.at in ("encoder", "input") and stage.transform is None
     )
     if merge > 1 and takes_patches:
         raise Complaint(
@@ -137,6 +183,25 @@ def _check_heads(spec: VlmSpec, stage: StageOptions) -> None:
         )
 
 
+def _check_input(spec: VlmSpec, stage: StageOptions) -> None:
+    """Before the encoder pictures are made smaller, or the same patches of each are left out."""
+    if stage.transform is not None:
+        check_resolution(spec)
+        if stage.place is not None:
+            raise Complaint(
+                "a smaller picture has positions of its own",
+                hint="remove place",
+            )
+        return
+    height, width = spec.vision.grids[0]
+    if spec.projector.merge == 1 and spec.patch_tokens((height, width)) != height * width:
+        raise Complaint(
+            f"{spec.patch_tokens((height, width))} rows leave an encoder of {height} x {width} "
+            "patches, and the one that is no patch cannot be told apart",
+            hint="put the stage at encoder",
+        )
+
+
 def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
     """What pieces look at must be there."""
     if "class" in stage.needs and not spec.vision.class_token:
@@ -177,6 +242,13 @@ def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
 def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator[Decision]:
     """What became of every stage."""
     assert after.reduction is not None
+    if problem.positions is not None:
+        yield Decision(
+            asked=f"positions {problem.positions.name}",
+            outcome="applied",
+            reason="class S3",
+            effect=_span_of(after),
+        )
     _, stages = after.reduction.stages[0]
     for number, options in enumerate(problem.stages, 1):
         parts = [stage for stage in stages if stage.number == number]
@@ -206,3 +278,10 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
             effect="a session chooses anew for every prompt; a decoder that is extended keeps the "
             "tokens of its first question",
         )
+
+
+def _span_of(spec: VlmSpec) -> str:
+    """How much of the context a picture takes."""
+    grid = spec.vision.grids[0]
+    found = span(spec, grid)
+    return f"a picture takes {spec.image_tokens(grid) if found is None else found:g} positions"

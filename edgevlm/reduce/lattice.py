@@ -25,13 +25,7 @@ def similar_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
         return rows * columns, -abs(math.log(rows * width / (columns * height)))
 
     rows = max(range(1, min(height, count) + 1), key=fitness)
-    proportional = [
-        (rows, columns)
-        for rows in range(1, height + 1)
-        for columns in (round(rows * width / height),)
-        if 1 <= columns <= width and rows * columns <= count
-    ]
-    shaped = max(proportional, key=math.prod, default=None)
+    shaped = max(proportional_grids(grid, count), key=math.prod, default=None)
     # A grid of the same shape, where it holds nearly as many; else whatever holds the most.
     if shaped is not None and math.prod(shaped) >= 0.9 * count:
         return shaped
@@ -41,6 +35,24 @@ def similar_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
 def spaced(length: int, count: int) -> list[int]:
     """`count` of `length` places: the middles of equal shares."""
     return [(2 * place + 1) * length // (2 * count) for place in range(count)]
+
+
+def proportional_grids(grid: tuple[int, int], count: int) -> list[tuple[int, int]]:
+    """The grids of at most `count` tokens that have the same shape, as near as whole numbers go."""
+    height, width = grid
+    return [
+        (rows, columns)
+        for rows in range(1, height + 1)
+        for columns in (round(rows * width / height),)
+        if 1 <= columns <= width and rows * columns <= count
+    ]
+
+
+def centres(old: tuple[int, int], new: tuple[int, int]) -> list[int]:
+    """The tokens of a grid that those of a coarser one stand for: where their middles lie."""
+    return [
+        row * old[1] + column for row in spaced(old[0], new[0]) for column in spaced(old[1], new[1])
+    ]
 
 
 def spaced_rows(grid: tuple[int, int] | None, num_tokens: int, count: int) -> list[int]:

@@ -22,14 +22,14 @@ from edgevlm.reduce.scorers import (
     random,
     text_attention,
 )
-from edgevlm.reduce.transforms import fourier, pool, windows
+from edgevlm.reduce.transforms import fourier, pool, resize, windows
 
 BUILT_IN = (
     *(attention_delta, contrast, encoder_attention, random, text_attention),
     *(cover, dpp, facility, pivots, relevant_diverse, spread, top, uniform),
     *(anchors, neighbours, recycle),
     *(bipartite, clusters, fuse),
-    *(fourier, pool, windows),
+    *(fourier, pool, resize, windows),
 )
 plugins()
 

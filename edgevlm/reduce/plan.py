@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Transform
+from edgevlm.reduce.positions import PositionOptions
 
 __all__ = ["Reduction", "Segment", "Stage"]
 
 Grid = tuple[int, int]
+BEFORE_DECODER: tuple[Site, ...] = ("input", "encoder.layers", "encoder", "projector")
 MAIN = "main"
 """The state group of the layers that see every row."""
 
@@ -96,9 +98,10 @@ class Segment:
 class Reduction:
     """The stages of a model, for each of its patch grids, in the order in which tokens pass.
 
-    `method` is the name they were asked by. `dense` asks for forms without TopK and Gather. `merge`
-    is the side of the squares of patches that the projector makes tokens of. `pictures` are how
-    many picture groups a prompt of fixed shape has at most.
+    There may be none, where tokens are given other `positions` alone. `method` is the name they
+    were asked by. `dense` asks for forms without TopK and Gather. `merge` is the side of the
+    squares of patches that the projector makes tokens of. `pictures` are how many picture groups a
+    prompt of fixed shape has at most.
     """
 
     stages: tuple[tuple[Grid, tuple[Stage, ...]], ...]
@@ -106,31 +109,46 @@ class Reduction:
     dense: bool = False
     merge: int = 1
     pictures: int = 2
+    positions: PositionOptions | None = None
 
     def of(self, grid: Grid, *sites: Site) -> tuple[Stage, ...]:
         """The stages at some sites, for a patch grid."""
         return tuple(stage for stage in dict(self.stages)[grid] if stage.at in sites)
+
+    def before(self, grid: Grid) -> tuple[Stage, ...]:
+        """The stages before the decoder, for a patch grid."""
+        return self.of(grid, *BEFORE_DECODER)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether somebody asks which tokens each token was made of."""
+        return self.positions is not None and self.positions.ppe is not None
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """Kinds of text rows that stages want weights of."""
+        found = (stage.queries for _, stages in self.stages for stage in stages)
+        return frozenset[str]().union(*found)
 
     @property
     def cuts(self) -> tuple[Stage, ...]:
         """The stages within the decoder, which are the same for every grid."""
         return self.of(self.stages[0][0], "decoder")
 
-    def tokens(self, grid: Grid) -> int:
-        """Visual tokens of a picture of a grid that enter the decoder."""
-        before = self.of(grid, "input", "encoder.layers", "encoder", "projector")
-        if before and before[-1].at == "projector":
-            return before[-1].count_out
-        if before:
-            return before[-1].count_out // self.merge**2
-        return dict(self.stages)[grid][0].count_in
+    def tokens(self, grid: Grid, dense: int) -> int:
+        """Visual tokens of a picture that enter the decoder, of `dense` before any stage."""
+        before = self.before(grid)
+        if not before:
+            return dense
+        is_joined = before[-1].at == "projector"
+        return before[-1].count_out // (1 if is_joined else self.merge**2)
 
-    def segments(self, num_layers: int) -> tuple[Segment, ...]:
+    def segments(self, num_layers: int, dense: int) -> tuple[Segment, ...]:
         """The runs of decoder layers that see the same rows."""
         cuts = self.cuts
         first_cut = cuts[0].layer if cuts else num_layers
         assert first_cut is not None
-        tokens = self.tokens(self.stages[0][0])
+        tokens = self.tokens(self.stages[0][0], dense)
         found = [Segment(group=MAIN, first=0, end=first_cut, tokens=tokens)]
         for place, cut in enumerate(cuts):
             assert cut.layer is not None

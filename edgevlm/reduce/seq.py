@@ -18,6 +18,10 @@ class VisSeq(Generic[ArrayT]):
     (of a merged one the first), ascending where order was kept. `sizes` [B, N] count what each was
     merged from, None for one each. `grid` (height, width) is there as long as the tokens lie in
     raster order on a whole grid. `valid` [B, N] is there where groups are padded.
+
+    `provenance` [B, N0] int64 says of every token before any stage which of these it went to, -1
+    for none; it is there where somebody asks (`edgevlm.reduce.members`). Of what a piece gives it
+    is the way of the tokens that came to it, [B, N].
     """
 
     features: ArrayT
@@ -25,6 +29,7 @@ class VisSeq(Generic[ArrayT]):
     sizes: ArrayT | None = None
     grid: tuple[int, int] | None = None
     valid: ArrayT | None = None
+    provenance: ArrayT | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.order import even_steps
 from edgevlm.reduce.piece import SITES
 from edgevlm.reduce.plan import Grid, Reduction, Stage, average_tokens
+from edgevlm.reduce.positions import PositionOptions
 
 __all__ = ["Problem", "solve"]
 
@@ -27,7 +28,10 @@ IN_PATCHES = ("input", "encoder.layers", "encoder")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Stages to be sized for a model; `budget` is a share of its tokens, or a number of them."""
+    """Stages to be sized for a model; `budget` is a share of its tokens, or a number of them.
+
+    `positions` is a policy of where those stand that are left.
+    """
 
     spec: VlmSpec
     stages: Sequence[StageOptions]
@@ -35,6 +39,7 @@ class Problem:
     method: str | None = None
     dense: bool = False
     pictures: int = 2
+    positions: PositionOptions | None = None
 
 
 def solve(problem: Problem) -> Reduction:
@@ -46,6 +51,7 @@ def solve(problem: Problem) -> Reduction:
         dense=problem.dense,
         merge=problem.spec.projector.merge,
         pictures=problem.pictures,
+        positions=problem.positions,
     )
 
 
@@ -153,8 +159,9 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
 
 
 def _average_of(problem: Problem, grid: Grid, stages: tuple[Stage, ...]) -> float:
-    reduction = Reduction(stages=((grid, stages),), merge=problem.spec.projector.merge)
-    return average_tokens(reduction.segments(len(problem.spec.decoder.layers)))
+    spec = problem.spec
+    reduction = Reduction(stages=((grid, stages),), merge=spec.projector.merge)
+    return average_tokens(reduction.segments(len(spec.decoder.layers), spec.dense_tokens(grid)))
 
 
 def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
@@ -167,7 +174,8 @@ def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
         if not sized and options.at in IN_PATCHES:
             # Before squares of patches are joined, tokens are patches.
             total = count = spec.patch_tokens(grid)
-            shape = grid if spec.vision.pixels == "image" else None
+            is_whole = options.at == "input" or count == math.prod(grid)
+            shape = grid if spec.vision.pixels == "image" and is_whole else None
         if sized and sized[-1].at in IN_PATCHES and options.at not in IN_PATCHES and merge > 1:
             assert shape is not None, "patches leave an encoder on a grid where they are joined"
             count, shape = count // merge**2, (shape[0] // merge, shape[1] // merge)
@@ -180,6 +188,8 @@ def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
             ) from None
         sized += found
         count, shape = found[-1].count_out, found[-1].grid_out
+        if shape is not None and count != math.prod(shape):
+            shape = None
     return tuple(sized)
 
 
@@ -215,17 +225,19 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
     layer = None
     if options.at == "decoder":
         layer = layer_of(options, len(problem.spec.decoder.layers))
-    place = options.place or ("keep" if options.at == "decoder" else "repack")
+    place = options.place or _place(problem, options)
     grid_out = grid if keep == count else None
     if options.transform is not None:
         assert grid is not None
         # The sides of what leaves must divide into the squares that a projector joins.
         side = problem.spec.projector.merge if options.at in IN_PATCHES else 1
+        # A class token that is one of the visual tokens is none of a picture's patches.
+        beside = count - math.prod(grid) if options.at == "input" else 0
         squares = options.transform.grid(
-            (grid[0] // side, grid[1] // side), max(1, keep // side**2)
+            (grid[0] // side, grid[1] // side), max(1, (keep - beside) // side**2)
         )
         grid_out = (squares[0] * side, squares[1] * side)
-        keep = math.prod(grid_out)
+        keep = math.prod(grid_out) + beside
     check = getattr(options.select, "check", None)
     if check is not None and grid is not None:
         check(grid, keep)
@@ -250,6 +262,16 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
             number=number,
         )
     ]
+
+
+def _place(problem: Problem, options: StageOptions) -> str:
+    """Where tokens stand that a recipe says nothing about.
+
+    Places on a grid mean something: where a model has three axes, tokens keep theirs, unless a
+    policy says otherwise.
+    """
+    is_spread = bool(problem.spec.decoder.rope.sections) and problem.positions is None
+    return "keep" if options.at == "decoder" or is_spread else "repack"
 
 
 def _layer_stages(
@@ -284,7 +306,7 @@ def _layer_stages(
                 count_out=left,
                 grid_in=grid,
                 grid_out=grid_out,
-                place="repack",
+                place=options.place or _place(problem, options),
                 merge=options.merge,
                 transform=options.transform,
                 number=number,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgevlm_runtime.bundle import Bundle
     from edgevlm_runtime.completion import Completion, StreamEvent, Timings
     from edgevlm_runtime.decode.protocol import Decoder, Prompt, Step
+    from edgevlm_runtime.gate import GatedCompletion, ResolutionGate
     from edgevlm_runtime.session import Session
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "Decoder",
     "EdgeVlmError",
     "EngineError",
+    "GatedCompletion",
     "InputError",
     "Prompt",
+    "ResolutionGate",
     "ResourceError",
     "Session",
     "Step",
@@ -45,7 +48,9 @@ _MODULES = {
     "Bundle": "bundle",
     "Completion": "completion",
     "Decoder": "decode.protocol",
+    "GatedCompletion": "gate",
     "Prompt": "decode.protocol",
+    "ResolutionGate": "gate",
     "Session": "session",
     "Step": "decode.protocol",
     "StreamEvent": "completion",

@@ -35,7 +35,9 @@ class Completion:
 
     `tokens` are the generated ids without the end-of-sequence token, whose place is told by
     `finish_reason == "eos"`; `text` ends before a stop string. `context`: the state is full.
-    `notes` say where a picture could not be treated as its own size calls for.
+    `notes` say where a picture could not be treated as its own size calls for. `entropy` is that of
+    the first token in nats, by the logits alone: 0 where the model is sure, the logarithm of the
+    vocabulary where it knows nothing, None where it was cancelled before.
     """
 
     text: str
@@ -43,6 +45,7 @@ class Completion:
     finish_reason: FinishReason
     timings: Timings
     notes: tuple[str, ...] = ()
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +53,12 @@ class StreamEvent:
     """One step of a stream: the text that became certain, and the token that was drawn.
 
     `text` may be empty while a character or a possible stop string is incomplete. The last event
-    has the `completion`; its `token` is None where the stream ended without drawing one.
+    has the `completion`; its `token` is None where the stream ended without drawing one. Every
+    event has the `entropy` of the completion that it belongs to.
     """
 
     text: str
     token: int | None
     elapsed_ms: float
     completion: Completion | None = None
+    entropy: float | None = None

@@ -174,15 +174,21 @@ class StateGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeSpec:
-    """Rotary positions: frequencies, and for M-RoPE which position axis each frequency turns with.
+    """Rotary positions: frequencies, and which of several axes each of them turns with.
 
     `inv_freq` has rotary_dim / 2 entries; `sections` is empty for one position number per row, else
-    the number of consecutive frequencies that turn with the temporal, height and width position.
+    it has for each axis the number of consecutive frequencies that turn with it: for M-RoPE the
+    temporal, height and width position, for PPE K positions in the place of each.
     """
 
     inv_freq: tuple[float, ...]
     attention_scaling: float = 1.0
     sections: tuple[int, ...] = ()
+
+    @property
+    def num_axes(self) -> int:
+        """Numbers of a position."""
+        return len(self.sections) or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

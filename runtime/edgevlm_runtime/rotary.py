@@ -1,7 +1,8 @@
 """Rotary tables: cosines and sines of the rows of one call, for any positions.
 
 Where positions are whole numbers and one per row (the ordinary case), rows are copied from a table
-made once. Fractions, M-RoPE's three numbers per row, and positions past the table are computed.
+made once. Fractions, positions of different numbers (M-RoPE, PPE) and those past the table are
+computed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class RotaryTable:
         self._inv_freq = np.array(spec.inv_freq, np.float32)
         self._scaling = np.float32(spec.attention_scaling)
         self._sections = np.repeat(np.arange(len(spec.sections)), spec.sections)
-        self.num_axes = len(spec.sections) or 1
+        self.num_axes = spec.num_axes
         whole = np.arange(num_positions, dtype=np.float32)
         self._cos, self._sin = self._rows(np.tile(whole[:, None], self.num_axes))
 

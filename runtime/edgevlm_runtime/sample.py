@@ -30,6 +30,9 @@ _NUCLEUS = 64
 # Logits are divided by the temperature in float32, where a smaller one would be 0.
 _COLDEST = 1e-30
 
+# The exponential of this is 0 in float32, or as good as.
+_WEIGHTLESS = -104.0
+
 # V vocabulary
 
 
@@ -132,6 +135,15 @@ class Sampler:
         begin = block * _BLOCK
         place, _ = _place(weights[begin : begin + _BLOCK].tolist(), share)
         return begin + place
+
+
+def entropy(logits: Array) -> float:
+    """The entropy in nats of the distribution of logits float32 [V], of which one is finite."""
+    # What is further down has no weight in float32, and perhaps is no number to multiply with.
+    lower = np.maximum(logits - logits.max(), _WEIGHTLESS)
+    weights = np.exp(lower)
+    mass = float(weights.sum())
+    return max(0.0, math.log(mass) - float(np.dot(weights, lower)) / mass)
 
 
 def largest(logits: Array, count: int) -> list[tuple[float, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -20,7 +20,7 @@ from edgevlm_runtime.engines.table import EmbeddingTable, open_table
 from edgevlm_runtime.errors import BundleError, InputError, ResourceError
 from edgevlm_runtime.image import ImageSource, ImageSpec, PreparedImage, load_image, prepare
 from edgevlm_runtime.positions import placed_positions
-from edgevlm_runtime.sample import Sampler, Sampling
+from edgevlm_runtime.sample import Sampler, Sampling, entropy
 from edgevlm_runtime.text import EncodedPrompt, Messages, TextSpec, encode_prompt, load_tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -41,6 +41,8 @@ class Session:
         self.engines = Engines(bundle)
         self.tokenizer = load_tokenizer(bytes(bundle.file(TOKENIZER)))
         self._text = TextSpec.from_json(bundle.manifest.text)
+        rope = bundle.variant.rope
+        self._num_axes = None if rope is None else rope.num_axes
         image = bundle.manifest.image
         self._image = ImageSpec.from_json(image) if image else None
         self._encoder = Encoder(bundle, self.engines)
@@ -105,7 +107,7 @@ class Session:
         top_p: float | None = None,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """Answer token by token; the last event carries the completion.
 
         `prompt` is a question or a conversation of messages. `images` are paths, encoded bytes,
@@ -144,7 +146,7 @@ class Session:
         limit: int,
         sampler: Sampler,
         emission: Emission,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """The loop: prefill and draw, then emit, extend and draw until there is a reason to end."""
         with self._owned():
             self._cancelled.clear()
@@ -158,10 +160,11 @@ class Session:
             seen = perf_counter()
 
             reason: FinishReason | None = None
-            token = -1
+            token, surprise = -1, None
             try:
                 step = decoder.prefill(embedded, cancelled=self._cancelled.is_set)
                 token = sampler.draw(step.logits[0])
+                surprise = entropy(step.logits[0])
             except Cancelled:
                 reason = "cancelled"
             prefilled = perf_counter()
@@ -187,7 +190,10 @@ class Session:
                     reason = "cancelled"
                 else:
                     yield StreamEvent(
-                        text=piece, token=token, elapsed_ms=1000 * (perf_counter() - started)
+                        text=piece,
+                        token=token,
+                        elapsed_ms=1000 * (perf_counter() - started),
+                        entropy=surprise,
                     )
                     begun = perf_counter()
                     token = sampler.draw(decoder.extend((token,)).logits[0])
@@ -204,12 +210,14 @@ class Session:
                     token_ms=tuple(token_ms),
                 ),
                 notes=tuple(picture.note for picture in pictures if picture.note is not None),
+                entropy=surprise,
             )
             yield StreamEvent(
                 text=piece,
                 token=emitted,
                 elapsed_ms=1000 * (perf_counter() - started),
                 completion=completion,
+                entropy=surprise,
             )
 
     @contextmanager
@@ -238,7 +246,7 @@ class Session:
                 )
             pictures = [prepare(load_image(image, self._image), self._image) for image in images]
         layouts = [picture.layout for picture in pictures]
-        encoded = encode_prompt(prompt, layouts, self._text, self.tokenizer)
+        encoded = encode_prompt(prompt, layouts, self._text, self.tokenizer, self._num_axes)
         highest = int(encoded.token_ids.max(initial=0))
         if highest >= self._table.vocab_size:
             raise BundleError(
@@ -266,6 +274,7 @@ class Session:
                 [picture.layout for picture in pictures],
                 self._text.positions,
                 np.split(seen[0], np.cumsum(counts)[:-1]),
+                self._num_axes,
             )
         return Prompt(
             embeds=embeds,

@@ -64,8 +64,8 @@ class TextSpec:
     `chat_template` is Jinja text. `special` are the names the template may use (`bos_token`, ...).
     `image_token` is what the template writes for a picture and what stands once per visual token;
     `tile_marks` says what else is written around the tiles of one, None nothing. `positions` is
-    `sequential` or `mrope` (three numbers per row). `silent_tokens` are those that say nothing
-    about what is asked: punctuation, filler words, what the template writes.
+    `sequential` or `mrope` (three numbers tell rows apart). `silent_tokens` are those that say
+    nothing about what is asked: punctuation, filler words, what the template writes.
     """
 
     chat_template: str
@@ -105,8 +105,9 @@ class EncodedPrompt:
 
     `image_rows` [V] are the rows where visual features go, in the order of the vision graph's
     calls and tokens; `token_ids` [T] holds the image token there. `picture_rows` [P] are those of
-    them where a call's tokens begin. `positions` is [T], or [3, T] (temporal, height, width) for
-    M-RoPE, int64 or for fractions float64. `next_position` is that of the first new token.
+    them where a call's tokens begin. `positions` is [T], or [A, T] for A axes (temporal, height and
+    width for M-RoPE), int64 or for fractions float64; a graph may have the last word on those of
+    visual tokens. `next_position` is that of the first new token.
     `row_weights` has float32 [T] for each kind of weights.
     """
 
@@ -140,11 +141,16 @@ def render(messages: Messages, spec: TextSpec, *, add_generation_prompt: bool = 
 
 
 def encode_prompt(
-    messages: Messages, layouts: Sequence[ImageLayout], spec: TextSpec, tokenizer: Tokenizer
+    messages: Messages,
+    layouts: Sequence[ImageLayout],
+    spec: TextSpec,
+    tokenizer: Tokenizer,
+    num_axes: int | None = None,
 ) -> EncodedPrompt:
     """Render, expand every picture to its tokens, tokenize, and give each row its position.
 
-    A plain string is one user message with all pictures before it.
+    A plain string is one user message with all pictures before it. `num_axes` are those of the
+    rotary embedding, where it turns with more than the rule of the positions tells apart.
     """
     if isinstance(messages, str):
         messages = user_message(messages, len(layouts))
@@ -164,7 +170,9 @@ def encode_prompt(
             f"the tokenizer made {len(image_rows)} image tokens of {num_tokens} visual tokens",
             hint=f"check that {spec.image_token!r} has id {spec.image_token_id} in tokenizer.json",
         )
-    positions, next_position = placed_positions(len(token_ids), image_rows, layouts, spec.positions)
+    positions, next_position = placed_positions(
+        len(token_ids), image_rows, layouts, spec.positions, num_axes=num_axes
+    )
     counts = [count for layout in layouts for count in layout.tokens]
     return EncodedPrompt(
         token_ids=token_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.runtime.bundles import (
 from tests.runtime.decoders import TABLE, WEIGHTS
 from tests.runtime.onnx_graph import OnnxGraph
 from tests.runtime.pictures import FORMS, Recurrence, write_bundle
-from tests.runtime.toy import PLAIN, WIDTH, Array, delta_graph, toy_groups
+from tests.runtime.toy import PLAIN, ROPE, WIDTH, Array, delta_graph, toy_groups
 
 PICTURES = [
     np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8) for seed in (3, 4, 5)
@@ -89,7 +90,9 @@ def strips_of(picture: Array) -> Array:
     return pixels @ vision_weights()
 
 
-def seeing_session(folder: Path, vision: OnnxGraph, *more: Any, **fields: Any) -> Session:
+def seeing_session(
+    folder: Path, vision: OnnxGraph, *more: Any, axes: int = 1, **fields: Any
+) -> Session:
     """A session over a vision graph in the making, which has its pixels and its other outputs."""
     strips = vision.node("Reshape", "pixels", vision.const(np.array([1, IMAGE_TOKENS, 48])))
     rows = vision.node("MatMul", strips, vision.const(vision_weights()))
@@ -106,7 +109,9 @@ def seeing_session(folder: Path, vision: OnnxGraph, *more: Any, **fields: Any) -
         phases=("decode",),
     )
     graphs = (embedding_graph(folder, TABLE), *more, vision.finish(), step)
-    variant = variant_of("static", graphs, toy_groups(PLAIN, {"main": 50}, "kv_delta"))
+    rope = replace(ROPE, sections=(len(ROPE.inv_freq) // axes,) * axes if axes > 1 else ())
+    groups = toy_groups(PLAIN, {"main": 50}, "kv_delta")
+    variant = variant_of("static", graphs, groups, rope)
     return Session(Bundle.open(write_manifest(folder, {"static": variant}, **fields)))
 
 
@@ -138,6 +143,23 @@ def test_a_graph_says_where_visual_tokens_stand(tmp_path: Path) -> None:
     assert list(prompt.values) == ["image_embeds"]  # and so no input of a step graph
     np.testing.assert_allclose(prompt.embeds[1:5], strips_of(PICTURES[0]), atol=1e-6, rtol=0)
     assert session.encode(QUESTION).positions.tolist() == list(range(WORDS + 2))
+
+
+def test_a_graph_says_several_places_of_a_token(tmp_path: Path) -> None:
+    """As many as the rotary embedding has axes; text has one place on all of them."""
+    session = seeing_session(
+        tmp_path, placing_vision(tmp_path, axes=2), axes=2, image={"spans": [2.5]}
+    )
+    prompt = session.encode(QUESTION, PICTURES[:2])
+    first, second = (np.arange(4) * picture.mean() / 255 for picture in PICTURES[:2])
+    wanted = [0, *(1 + first), *(3.5 + second), *(6 + np.arange(WORDS + 1))]
+    # Products of float32.
+    np.testing.assert_allclose(prompt.positions, [wanted] * 2, atol=1e-6, rtol=0)
+    assert prompt.next_position == 6 + WORDS + 1
+    alone = session.encode(QUESTION)
+    assert alone.positions.tolist() == [list(range(WORDS + 2))] * 2
+    session.decoder.prefill(alone)
+    assert session.decoder.extend([3]).logits.shape == (1, 400)
 
 
 def test_places_without_spans(tmp_path: Path) -> None:

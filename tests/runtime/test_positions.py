@@ -129,6 +129,53 @@ def test_offsets_of_other_shapes() -> None:
         )
 
 
+def test_a_rotary_embedding_of_more_axes_than_the_rule() -> None:
+    """Text and whole grids have the same on all that stand for one; a graph tells them apart."""
+    rows, grid = np.array([2, 3, 5, 6]), ImageLayout(tokens=(2,), token_grid=(1, 2))
+    plain, after = placed_positions(8, rows, [grid, grid], "mrope")
+    wide, last = placed_positions(8, rows, [grid, grid], "mrope", num_axes=6)
+    assert (wide.dtype, last) == (np.int64, after)
+    assert wide.tolist() == [plain[axis // 2].tolist() for axis in range(6)]
+    line, flat = replace(PAIR[0], tokens=(2,)), ImageLayout(tokens=(2,), span=4.0)
+    found, after = placed_positions(8, rows, [line, flat], "sequential", num_axes=3)
+    assert found.tolist() == [[0, 1, 2, 3, 4, 5, 6, 9]] * 3
+    assert after == 10
+    seen = [np.array([[0, 1, 3], [1, 0, 1]]), np.array([[2, 2, 2], [0, 1, 3]])]
+    found, after = placed_positions(8, rows, [flat, flat], "sequential", seen, 3)
+    assert found.tolist() == [
+        [0, 1, 2, 3, 6, 9, 7, 11],
+        [0, 1, 3, 2, 6, 9, 8, 11],
+        [0, 1, 5, 3, 6, 9, 10, 11],
+    ]
+    assert after == 12
+
+
+def test_axes_of_a_rule_are_as_many_each() -> None:
+    for rule, num_axes, own in (("mrope", 4, 3), ("mrope", 1, 3)):
+        with pytest.raises(BundleError) as error:
+            placed_positions(1, np.empty(0, np.int64), [], rule, num_axes=num_axes)
+        assert str(error.value) == (
+            f"the rotary embedding turns with {num_axes} axes, which are not so many for each of "
+            f"the {own} of the rule {rule!r}\n  hint: compile the bundle again"
+        )
+
+
+def test_tokens_fewer_than_their_grid_stand_as_text_does() -> None:
+    """Where they have a span; those of a whole grid are spread over it."""
+    few = ImageLayout(tokens=(2,), token_grid=(2, 2), span=5.0)
+    whole = ImageLayout(tokens=(2,), token_grid=(1, 2), span=5.0)
+    positions, after = placed_positions(6, np.array([1, 2, 3, 4]), [few, whole], "mrope")
+    assert positions.tolist() == [
+        [0, 1, 2, 6, 6, 11],
+        [0, 1, 2, 6, 6, 11],
+        [0, 1, 2, 6, 7, 11],
+    ]
+    assert after == 12
+    with pytest.raises(BundleError) as error:
+        placed_positions(2, np.array([0, 1]), [replace(few, span=None)], "mrope")
+    assert str(error.value) == "a picture of 2 visual tokens has no grid of positions"
+
+
 def test_three_axes_want_a_span_with_their_offsets() -> None:
     layout = ImageLayout(tokens=(1,), token_grid=(1, 1), offsets=((0.0, 0.0, 0.0),))
     with pytest.raises(BundleError) as error:

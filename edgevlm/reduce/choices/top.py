@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from edgevlm.document import Complaint
 from edgevlm.reduce.lattice import lattice_rows, spaced_rows
-from edgevlm.reduce.piece import Choice, StaticClass, register
+from edgevlm.reduce.piece import Choice, Site, StaticClass, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,7 @@ class Top(Choice):
     name: ClassVar[str] = "top"
     static_class: ClassVar[StaticClass] = "S1"
     by_score: ClassVar[bool] = True
+    sites: ClassVar[tuple[Site, ...]] = ("input", "encoder", "projector", "decoder")
 
     lattice: int | None = Field(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from edgevlm.reduce.lattice import spaced_rows
-from edgevlm.reduce.piece import Choice, StaticClass, register
+from edgevlm.reduce.piece import Choice, Site, StaticClass, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,7 @@ class Uniform(Choice):
 
     name: ClassVar[str] = "uniform"
     static_class: ClassVar[StaticClass] = "S0"
+    sites: ClassVar[tuple[Site, ...]] = ("input", "encoder", "projector", "decoder")
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """Constant rows."""

@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from edgevlm.document import Complaint
+from edgevlm.reduce.members import (
+    begun,
+    followed,
+    numpy_begun,
+    numpy_followed,
+    own_columns,
+    way_of_members,
+)
 from edgevlm.reduce.order import even_steps, first_place
 from edgevlm.reduce.piece import Merge, Site, StaticClass, register
 from edgevlm.reduce.seq import ArrayT, Probe, VisSeq
@@ -75,7 +83,7 @@ class Bipartite(Merge):
 
     def torch(self, view: View[Tensor], count: int) -> VisSeq[Tensor]:
         """Round by round."""
-        tokens = view.tokens
+        tokens = begun(view.tokens)
         keys = None
         if self.metric == "keys":
             probe = _probe(view)
@@ -86,7 +94,7 @@ class Bipartite(Merge):
 
     def numpy(self, view: View[np.ndarray], count: int) -> VisSeq[np.ndarray]:
         """Round by round."""
-        tokens = view.tokens
+        tokens = numpy_begun(view.tokens)
         keys = None
         if self.metric == "keys":
             probe = _probe(view)
@@ -124,7 +132,8 @@ def _merged(
     sizes = sizes_of(tokens)
     # Sizes, and keys, travel as more features: all of them are sums.
     values = tokens.features if keys is None else torch.cat([tokens.features, keys], -1)
-    sums = torch.cat([values * sizes, sizes], -1)
+    columns = own_columns(tokens)
+    sums = torch.cat([*columns, values * sizes, sizes], -1)
     even_sums, odd_sums = sums[:, ::2], sums[:, 1::2]
     left = [odd_sums + weights @ even_sums]
     # A pair stands where the first of its tokens stood.
@@ -135,8 +144,17 @@ def _merged(
         left.insert(0, take_rows(even_sums, staying, dense))
         places.insert(0, picked(even_places, staying, dense=dense))
     sums = torch.cat(left, 1)
+    way = tokens.provenance
+    if way is not None:
+        way = followed(way, way_of_members(sums[..., :num_tokens] > 0), dense=dense)
+        sums = sums[..., num_tokens:]
     means = sums[..., :-1] / sums[..., -1:]
-    merged = VisSeq(features=means[..., :width], places=torch.cat(places, 1), sizes=sums[..., -1])
+    merged = VisSeq(
+        features=means[..., :width],
+        places=torch.cat(places, 1),
+        sizes=sums[..., -1],
+        provenance=way,
+    )
     return merged, None if keys is None else means[..., width:]
 
 
@@ -152,6 +170,7 @@ def _numpy_merged(
     evens, odds = range(0, num_tokens, 2), range(1, num_tokens, 2)
     means: list[list[np.ndarray]] = [[] for _ in values]
     places, counts = [], []
+    step = np.zeros((batch, num_tokens), np.int64)
     for group, metric in enumerate(numpy_unit(values[-1])):
         likeness = metric @ metric.T
         pairs = {even: 1 + 2 * int(likeness[even, 1::2].argmax()) for even in evens}
@@ -160,7 +179,8 @@ def _numpy_merged(
         going = set(order[: num_tokens - count])
         members = {even: [even] for even in evens if even not in going}
         members |= {odd: [odd, *(e for e in sorted(going) if pairs[e] == odd)] for odd in odds}
-        for rows in members.values():
+        for number, rows in enumerate(members.values()):
+            step[group, rows] = number
             size = sizes[group, rows]
             for found, given in zip(means, values, strict=True):
                 found.append((given[group, rows] * size[:, None]).sum(0) / size.sum())
@@ -172,5 +192,6 @@ def _numpy_merged(
         features=features,
         places=np.array(places).reshape(shape),
         sizes=np.array(counts).reshape(shape),
+        provenance=None if tokens.provenance is None else numpy_followed(tokens.provenance, step),
     )
     return merged, merged_keys[0] if merged_keys else None

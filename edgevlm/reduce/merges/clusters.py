@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from edgevlm.reduce.members import way_of_members
 from edgevlm.reduce.piece import Merge, Site, StaticClass, register
 from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import nearest, numpy_sizes_of, picked, sizes_of
@@ -76,6 +77,7 @@ class Clusters(Merge):
             features=sums[..., :-1] / sums[..., -1:],
             places=picked(tokens.places, centres, dense=view.dense),
             sizes=sums[..., -1],
+            provenance=None if tokens.provenance is None else way_of_members(members > 0),
         )
 
     def numpy(self, view: View[np.ndarray], count: int) -> VisSeq[np.ndarray]:
@@ -84,6 +86,7 @@ class Clusters(Merge):
 
         tokens, all_sizes = view.tokens, numpy_sizes_of(view.tokens)
         features, places, sizes = [], [], []
+        way = np.zeros(tokens.places.shape, np.int64)
         for group, x in enumerate(tokens.features.astype(np.float64)):
             rows = range(len(x))
             apart = np.square(x[:, None] - x).mean(-1)
@@ -98,7 +101,8 @@ class Clusters(Merge):
             for row in rows:
                 if row not in members:
                     members[centres[int(apart[row, centres].argmin())]].append(row)
-            for centre, cluster in members.items():
+            for number, (centre, cluster) in enumerate(members.items()):
+                way[group, cluster] = number
                 size = all_sizes[group, cluster]
                 features.append((x[cluster] * size[:, None]).sum(0) / size.sum())
                 places.append(tokens.places[group, centre])
@@ -108,4 +112,5 @@ class Clusters(Merge):
             features=np.array(features).reshape(*shape, -1),
             places=np.array(places).reshape(shape),
             sizes=np.array(sizes).reshape(shape),
+            provenance=way,
         )

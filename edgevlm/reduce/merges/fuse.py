@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from edgevlm.document import Complaint
+from edgevlm.reduce.members import own_columns, way_of_members
 from edgevlm.reduce.order import first_place
 from edgevlm.reduce.piece import Merge, Site, StaticClass, register
 from edgevlm.reduce.seq import VisSeq
@@ -101,7 +102,8 @@ class Fuse(Merge):
         back = goes_to.to(rows.dtype) * gone_back[:, None]
         # Weights and sizes travel as more features: all of them are sums.
         weights = received * sizes
-        sums = torch.cat([tokens.features * weights, weights, sizes], -1)
+        columns = own_columns(tokens)
+        sums = torch.cat([*columns, tokens.features * weights, weights, sizes], -1)
         odd_sums = sums[:, 1::2] + forth @ sums[:, ::2]
         even_sums = sums[:, ::2] + back @ odd_sums
         # Tokens stand where the first of them stood.
@@ -117,11 +119,15 @@ class Fuse(Merge):
                 _, staying = top_rows(scores, num_gone, view.dense)
                 left.append(take_rows(of_sums, staying, view.dense))
                 places.append(picked(of_places, staying, dense=view.dense))
-        sums = torch.cat(left, 1)
+        sums, way = torch.cat(left, 1), None
+        if columns:
+            num_tokens = tokens.features.shape[1]
+            way, sums = way_of_members(sums[..., :num_tokens] > 0), sums[..., num_tokens:]
         return VisSeq(
             features=sums[..., :-2] / sums[..., -2:-1],
             places=torch.cat(places, 1),
             sizes=sums[..., -1],
+            provenance=way,
         )
 
     def _received(self, view: View[Tensor]) -> Tensor:
@@ -146,6 +152,7 @@ class Fuse(Merge):
         to_odd, to_even = self._numbers(num_tokens - count)
         all_sizes, all_received = numpy_sizes_of(tokens), self._numpy_received(view)
         features, places, counts = [], [], []
+        way = np.zeros((batch, num_tokens), np.int64)
         for group in range(batch):
             size, received = all_sizes[group], all_received[group]
             rows = numpy_unit(tokens.features[group].astype(np.float64))
@@ -161,8 +168,9 @@ class Fuse(Merge):
                 order = sorted(sources, key=lambda row: -pairs[row, partner[row]])
                 for row in order[:number]:
                     members[partner[row]] += members.pop(row)
-            for row in sorted(members, key=lambda row: (row % 2, row)):
+            for number, row in enumerate(sorted(members, key=lambda row: (row % 2, row))):
                 merged = members[row]
+                way[group, merged] = number
                 weight = received[merged] * size[merged]
                 mean = (tokens.features[group, merged] * weight[:, None]).sum(0) / weight.sum()
                 features.append(mean)
@@ -173,6 +181,7 @@ class Fuse(Merge):
             features=np.array(features).reshape(*shape, -1),
             places=np.array(places).reshape(shape),
             sizes=np.array(counts).reshape(shape),
+            provenance=way,
         )
 
     def _numpy_received(self, view: View[np.ndarray]) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from edgevlm.reduce.members import GONE, way_of_merged
 from edgevlm.reduce.piece import Rest, Site, StaticClass, register
 from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import (
@@ -101,10 +102,13 @@ class Anchors(Rest):
         context = take_rows(tokens.features, anchors, view.dense) + mean
         if self.average:
             context = context / (1.0 + (came > 0.5).to(scores.dtype))
+        lead = torch.cat([kept, anchors], 1)
+        is_traced = tokens.provenance is not None
         return VisSeq(
             features=torch.cat([take_rows(tokens.features, kept, view.dense), context], 1),
-            places=torch.cat([kept, anchors], 1),
+            places=lead,
             sizes=torch.cat([kept.to(scores.dtype) * 0.0 + 1.0, 1.0 + came[..., 0]], 1),
+            provenance=way_of_merged(lead, weights, rest, num_tokens) if is_traced else None,
         )
 
     def numpy(
@@ -116,6 +120,7 @@ class Anchors(Rest):
         tokens, probe = view.tokens, view.probes[self.layer]
         keys = numpy_unit(numpy_patches(view, probe, numpy_mean_keys(probe, probe.k)))
         features, places, sizes = [], [], []
+        way = np.full(scores.shape, GONE)
         for group, rows in enumerate(kept):
             rest = [row for row in range(scores.shape[1]) if row not in rows]
             by_score = sorted(rest, key=list(np.argsort(-scores[group], kind="stable")).index)
@@ -128,6 +133,9 @@ class Anchors(Rest):
                 if row not in came:
                     likeness = [keys[group, row] @ keys[group, anchor] for anchor in anchors]
                     came[anchors[int(np.argmax(likeness))]].append(row)
+            for number, members in enumerate([*([row] for row in rows), *came.values()]):
+                way[group, members] = number
+            way[group, anchors] = len(rows) + np.arange(extra)
             context = []
             for anchor, members in came.items():
                 token = tokens.features[group, anchor].astype(np.float64)
@@ -138,7 +146,12 @@ class Anchors(Rest):
             features.append(np.concatenate([tokens.features[group, rows], context]))
             places.append([*rows, *anchors])
             sizes.append([*np.ones(len(rows)), *(1 + len(members) for members in came.values())])
-        return VisSeq(features=np.array(features), places=np.array(places), sizes=np.array(sizes))
+        return VisSeq(
+            features=np.array(features),
+            places=np.array(places),
+            sizes=np.array(sizes),
+            provenance=way,
+        )
 
     def _size(self, extra: int, rest: int) -> int:
         """How many of the rest take part."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from edgevlm.reduce.members import way_of_members
 from edgevlm.reduce.piece import Rest, Site, StaticClass, register
 from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import nearest, numpy_patches, numpy_unit, patches, unit
@@ -70,7 +71,15 @@ class Neighbours(Rest):
         places = torch.cat([kept, left.argmax(-1)], 1)
         number = left.sum(-1)
         sizes = torch.cat([kept.to(scores.dtype) * 0.0 + 1.0, number], 1)
-        return VisSeq(features=torch.cat([features, came[:, -1:]], 1), places=places, sizes=sizes)
+        way = None
+        if tokens.provenance is not None:
+            way = way_of_members(torch.cat([is_self, left], 1) > 0)
+        return VisSeq(
+            features=torch.cat([features, came[:, -1:]], 1),
+            places=places,
+            sizes=sizes,
+            provenance=way,
+        )
 
     def numpy(
         self, view: View[np.ndarray], scores: np.ndarray, kept: np.ndarray, extra: int
@@ -81,6 +90,7 @@ class Neighbours(Rest):
         tokens, probe = view.tokens, view.probes[self.layer]
         keys = numpy_unit(numpy_patches(view, probe, probe.k).astype(np.float64))
         features, places, sizes = [], [], []
+        way = np.full(scores.shape, kept.shape[1])
         for group, rows in enumerate(kept):
             x, weights = tokens.features[group].astype(np.float64), scores[group]
             made = []
@@ -88,9 +98,15 @@ class Neighbours(Rest):
                 others = [other for other in range(len(x)) if other != row]
                 others.sort(key=lambda other: -(keys[group, row] @ keys[group, other]))
                 made.append(x[row] + sum(weights[near] * x[near] for near in others[: self.count]))
+            way[group, rows] = np.arange(len(rows))
             rest = [row for row in range(len(x)) if row not in rows]
             made.append(sum(weights[row] * x[row] for row in rest))
             features.append(made)
             places.append([*rows, rest[0]])
             sizes.append([*np.ones(len(rows)), len(rest)])
-        return VisSeq(features=np.array(features), places=np.array(places), sizes=np.array(sizes))
+        return VisSeq(
+            features=np.array(features),
+            places=np.array(places),
+            sizes=np.array(sizes),
+            provenance=way,
+        )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from edgevlm.reduce.density import density_clusters, numpy_density_clusters
+from edgevlm.reduce.members import GONE, way_of_merged
 from edgevlm.reduce.piece import Rest, Site, StaticClass, register
 from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import picked
@@ -60,12 +61,15 @@ class Recycle(Rest):
         rows = take_rows(features, best, view.dense)
         centres, members = density_clusters(rows, extra, self.neighbours, view.dense)
         sizes = members.sum(-1)
+        lead = torch.cat([kept, picked(best, centres, dense=view.dense)], 1)
+        is_traced = view.tokens.provenance is not None
         return VisSeq(
             features=torch.cat(
                 [take_rows(features, kept, view.dense), members @ rows / sizes[..., None]], 1
             ),
-            places=torch.cat([kept, picked(best, centres, dense=view.dense)], 1),
+            places=lead,
             sizes=torch.cat([kept.to(scores.dtype) * 0.0 + 1.0, sizes], 1),
+            provenance=way_of_merged(lead, members, best, num_tokens) if is_traced else None,
         )
 
     def numpy(
@@ -75,17 +79,26 @@ class Recycle(Rest):
         import numpy as np
 
         features, places, sizes = [], [], []
+        way = np.full(scores.shape, GONE)
         for group, rows in enumerate(kept):
             tokens = view.tokens.features[group]
             order = [row for row in np.argsort(-scores[group], kind="stable") if row not in rows]
             best = np.sort(order[: self._size(len(order))])
             centres, members = numpy_density_clusters(tokens[None, best], extra, self.neighbours)
             groups = [best[np.flatnonzero(row)] for row in members[0]]
+            way[group, rows] = np.arange(len(rows))
+            for number, joined in enumerate(groups, len(rows)):
+                way[group, joined] = number
             made = [tokens[group].mean(0) for group in groups]
             features.append(np.concatenate([tokens[rows], made]))
             places.append([*rows, *best[centres[0]]])
             sizes.append([*np.ones(len(rows)), *map(len, groups)])
-        return VisSeq(features=np.array(features), places=np.array(places), sizes=np.array(sizes))
+        return VisSeq(
+            features=np.array(features),
+            places=np.array(places),
+            sizes=np.array(sizes),
+            provenance=way,
+        )
 
     def _size(self, pruned: int) -> int:
         """How many of the pruned take part."""
