@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     """The tokens that leave a stage; the way is the same where all of them do."""
     from edgevlm_export.ops import take_rows
 
+    view = replace(view, dense=stage.dense)
     tokens = view.tokens
     if stage.transform is not None:
         return _transformed(stage, tokens)
@@ -43,6 +45,7 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
 def chosen_rows(stage: Stage, view: View[Tensor]) -> tuple[Tensor | None, Tensor]:
     """Scores [B, N] where there are any, and rows [B, k] of the tokens that a stage selects."""
     assert stage.select is not None, "a stage has a verb"
+    view = replace(view, dense=stage.dense)
     scores = None if stage.score is None else stage.score.torch(view)
     return scores, stage.select.torch(view, scores, stage.count_out - stage.extra)
 

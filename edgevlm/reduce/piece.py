@@ -26,12 +26,13 @@ from pydantic import (
     model_validator,
 )
 
-from edgevlm.document import Complaint, Options, show
+from edgevlm.document import Complaint, Options, show, suggest
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.seq import VisSeq
     from edgevlm.reduce.view import View
 
@@ -49,13 +50,16 @@ class Piece(Options):
     """One named part of a stage.
 
     `sites` are those it can stand at. `needs` are what it looks at besides the tokens: `class`
-    (a class token), `attention` (queries and keys of a layer), `question` (text rows), `grid`
-    (tokens in raster order on a whole grid).
+    (a class token), `attention` (queries and keys of a layer), `question` (text rows), `encoded`
+    (the encoder's features of the tokens), `grid` (tokens in raster order on a whole grid). `ops`
+    are those of TopK, Gather and ArgMax that it has no form without, so that a processor that lacks
+    one cannot run it; a loop (class S2) has none without any of them.
     """
 
     name: ClassVar[str]
     static_class: ClassVar[StaticClass]
     sites: ClassVar[tuple[Site, ...]] = SITES
+    ops: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str] = ""
 
     @property
@@ -77,6 +81,15 @@ class Piece(Options):
     def looks_here(self) -> bool:
         """Whether it looks at those of the decoder layer behind it."""
         return False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a number of tokens that depends on data (class D1) was made a constant."""
+        return False
+
+    def macs(self, extent: Extent) -> int:
+        """Multiply-adds of its products; what is no product is not counted."""
+        return 0
 
 
 class Scorer(Piece):
@@ -143,6 +156,13 @@ class Transform(Piece):
         """The grid."""
         return frozenset({"grid"})
 
+    def macs(self, extent: Extent) -> int:
+        """One side is mapped, then the other."""
+        assert extent.grid_in is not None
+        assert extent.grid_out is not None
+        (height, width), (rows, columns) = extent.grid_in, extent.grid_out
+        return rows * width * extent.width * (height + columns)
+
     def grid(self, grid: tuple[int, int], count: int) -> tuple[int, int]:
         """The grid of at most `count` tokens that it makes of a grid; Complaint where it cannot."""
         raise NotImplementedError
@@ -184,6 +204,10 @@ class _Named(Options):
     @classmethod
     def _has_one_key(cls, data: object) -> object:
         if isinstance(data, str):
+            if data not in cls.model_fields:
+                # A name alone is no key of the file, so that the place is that of the value.
+                hint = suggest(data, list(cls.model_fields))
+                raise Complaint(f"unknown {cls.key_noun} {data!r}", hint=hint)
             data = {data: {}}
         if not isinstance(data, Mapping) or len(data) != 1:
             raise Complaint(

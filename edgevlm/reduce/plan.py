@@ -25,7 +25,8 @@ class Stage:
 
     `layer` is the layer it stands before in the decoder, or in which it stands in the encoder.
     `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are there where
-    tokens lie on a whole grid. `place` is `keep` or `repack`.
+    tokens lie on a whole grid. `place` is `keep` or `repack`. `dense` asks for forms without TopK
+    and Gather.
     """
 
     at: Site
@@ -41,6 +42,7 @@ class Stage:
     merge: Merge | None = None
     transform: Transform | None = None
     extra: int = 0
+    dense: bool = False
 
     @property
     def pieces(self) -> tuple[Any, ...]:

@@ -77,6 +77,11 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
     """The stages for one grid, with the budget solved."""
     asks = [stage.keep for stage in problem.stages if isinstance(stage.keep, str)]
     if not asks:
+        if problem.budget is not None:
+            raise Complaint(
+                f"keep is {problem.budget}, and every stage says itself what it keeps",
+                hint="remove keep, or write keep: budget in a stage",
+            )
         return _stages(problem, grid, 1.0)
     if problem.budget is None:
         raise Complaint(
@@ -86,7 +91,7 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
     wanted = problem.budget if isinstance(problem.budget, int) else problem.budget * total
     if not 0 < wanted <= total:
         raise Complaint(
-            f"a budget of {problem.budget} tokens of {total}",
+            f"cannot keep {problem.budget} of {total} visual tokens",
             hint=f"choose from 1 to {total}, or a share",
         )
     if wanted == total:
@@ -163,10 +168,13 @@ def _stage(
     """The stage, or one for each layer of the encoder it stands in."""
     if keep > count:
         raise Complaint(
-            f"{keep} tokens are to leave, and {count} come", hint=f"keep at most {count}"
+            f"cannot keep {keep} of the {count} tokens that come", hint=f"keep at most {count}"
         )
     if keep < 1 and options.at != "decoder":
-        raise Complaint("no token is left", hint="keep at least one")
+        raise Complaint(
+            f"it keeps none of the {count} tokens that come",
+            hint="keep at least one; in the decoder a stage may keep none",
+        )
     for piece in options.pieces:
         if "grid" in piece.needs and grid is None:
             raise Complaint(
@@ -203,6 +211,7 @@ def _stage(
             merge=options.merge,
             transform=options.transform,
             extra=extra,
+            dense=problem.dense,
         )
     ]
 
@@ -234,6 +243,7 @@ def _layer_stages(
                 place="repack",
                 merge=options.merge,
                 transform=options.transform,
+                dense=problem.dense,
             )
         )
         here = left

@@ -78,7 +78,8 @@ def picked(values: Tensor, rows: Tensor, *, dense: bool = False) -> Tensor:
     from edgevlm_export.ops import take_rows
 
     found = take_rows(values[..., None].to(torch.float32), rows, dense)
-    return found[..., 0].to(values.dtype)
+    # Of one column: an index would be one more look-up in a graph.
+    return found.flatten(1).to(values.dtype)
 
 
 def ranked(scores: Tensor) -> Tensor:
@@ -114,8 +115,17 @@ def patches(view: View[Tensor], probe: Probe[Tensor], values: Tensor) -> Tensor:
     if view.squares is None:
         return values
     count, size = view.squares.shape
-    picked: Tensor = values.index_select(1, view.squares.flatten()).unflatten(1, (count, size))
-    return picked.mean(2)
+    numbers = view.squares.flatten()
+    if view.dense:
+        from edgevlm_export.ops import take_rows
+
+        rows, is_line = numbers.expand(values.shape[0], -1), values.dim() == 2
+        found = take_rows(values[..., None] if is_line else values, rows, True)
+        found = found.flatten(1) if is_line else found
+    else:
+        found = values.index_select(1, numbers)
+    squares: Tensor = found.unflatten(1, (count, size))
+    return squares.mean(2)
 
 
 def numpy_patches(

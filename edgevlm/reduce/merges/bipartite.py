@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -39,11 +40,24 @@ class Bipartite(Merge):
     name: ClassVar[str] = "bipartite"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder.layers", "encoder", "projector")
+    ops: ClassVar[tuple[str, ...]] = ("ArgMax",)
 
     @property
     def needs(self) -> frozenset[str]:
         """Keys."""
         return frozenset({"attention"})
+
+    def macs(self, extent: Extent) -> int:
+        """Keys of one half by those of the other, and the sums of pairs with their sizes."""
+        even, odd = (extent.tokens + 1) // 2, extent.tokens // 2
+        going, width = extent.tokens - extent.kept, extent.width + 1
+        size = extent.layers["own"].attention.head_dim
+        return (
+            even * odd * size
+            + odd * going * width
+            + extent.chosen_macs(even, going, even - going)
+            + extent.taken_macs(even, even, width)
+        )
 
     def torch(self, view: View[Tensor], count: int) -> VisSeq[Tensor]:
         """Who goes where is a matrix of zeros and ones."""
@@ -71,7 +85,7 @@ class Bipartite(Merge):
         none = odd_places[:, :, None]
         odd_places = torch.cat([none, came], -1).amin(-1)
         places = torch.cat([picked(even_places, staying, dense=view.dense), odd_places], 1)
-        features, sizes = sums[..., :-1] / sums[..., -1:], sums[..., -1]
+        features, sizes = sums[..., :-1] / sums[..., -1:], sums[..., -1:].flatten(1)
         return VisSeq(features=features, places=places, sizes=sizes)
 
     def numpy(self, view: View[np.ndarray], count: int) -> VisSeq[np.ndarray]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -55,6 +56,22 @@ class TextAttention(Scorer):
     def looks_here(self) -> bool:
         """Where the layer is the own one."""
         return self.layer == "own"
+
+    def macs(self, extent: Extent) -> int:
+        """Probe rows, and the projections of a layer that has not projected them yet."""
+        layer = extent.layers[self.layer]
+        attention, rows = layer.attention, layer.rows
+        asking = 1 if self.query == "last" else rows
+        total = layer.probe_macs(asking)
+        if self.layer == "own":
+            total += rows * layer.width * (attention.q_width + 2 * attention.kv_width)
+        if self.top_heads is not None:
+            total += attention.num_heads * layer.probe_macs(asking)
+        if self.rope == "corrected":
+            total += asking * rows * (attention.head_dim + 1)
+        if self.query == "raters":
+            total += extent.groups * extent.tokens * rows * layer.width
+        return total
 
     def torch(self, view: View[Tensor]) -> Tensor:
         """Probe rows are the last one, or every row by its weight."""
