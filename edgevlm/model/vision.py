@@ -27,6 +27,8 @@ from edgevlm.model.stages import (
     run_stages,
     watched_probe,
 )
+from edgevlm.reduce.order import in_order
+from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import Probe, VisSeq
 from edgevlm.reduce.view import View
 from edgevlm_export.ops import attention, rotary
@@ -184,14 +186,10 @@ class Vision(nn.Module):
             x = x.index_select(1, tables.inverse)
         tokens = in_raster(x, grid if self.spec.pixels == "image" else None)
         if len(self.merges):
-            # Merging leaves halves one behind the other: back to the order of the picture.
-            order = rows.tokens.places.argsort(1)
-            tokens = replace(
-                tokens,
-                features=x.gather(1, order[..., None].expand_as(x)),
-                places=rows.tokens.places.gather(1, order),
-                grid=None,
-            )
+            tokens = replace(rows.tokens, features=x)
+            if tokens.grid is None:
+                # Merging leaves halves one behind the other: back to the order of the picture.
+                tokens = in_order(tokens, dense=self._merge_in(grid).dense)
         view = View(tokens=tokens, probes=rows.probes)
         return Seen(tokens=run_stages(self.reduce, view, grid), probes=rows.probes)
 
@@ -215,16 +213,19 @@ class Vision(nn.Module):
         source = self._keys(layer.spec.mixer, tables)
         if rows.tokens.sizes is not None:
             source = WeightedRows(_with_class(rows.tokens.sizes, first))
-        merge = self._merge(index, grid)
-        if merge is None and index not in self.watched:
+        module = self._stage_in(index, grid)
+        if module is None and index not in self.watched:
             return rows.after(index, layer(rows.x, source))
         watched = Watched(source)
-        between = None
-        if merge is not None:
-            between = _Between(merge, grid, rows.tokens, layer, watched, first)
-        x = layer(rows.x, watched, between)
-        if between is not None:
-            rows = replace(rows, tokens=between.tokens)
+        if module is None:
+            x = layer(rows.x, watched)
+        else:
+            stage = _Between(module, grid, rows.tokens, layer, watched, first)
+            # A merge looks at the keys of this layer, a transform makes the grid of later ones.
+            is_behind = module.stage(grid).transform is not None
+            x = layer(rows.x, watched, None if is_behind else stage)
+            x = stage(x) if is_behind else x
+            rows = replace(rows, tokens=stage.tokens)
         if index in self.watched:
             probe = watched_probe(
                 layer.spec.attention,
@@ -236,7 +237,13 @@ class Vision(nn.Module):
             rows = replace(rows, probes={**rows.probes, index - len(self.layers): probe})
         return rows.after(index, x)
 
-    def _merge(self, index: int, grid: Grid) -> StageModule | None:
+    def _merge_in(self, grid: Grid) -> Stage:
+        """One of the stages in the layers, which are alike in what they may do."""
+        module = self.merges[0]
+        assert isinstance(module, StageModule)
+        return module.stage(grid)
+
+    def _stage_in(self, index: int, grid: Grid) -> StageModule | None:
         """The stage that stands in a layer, if one does."""
         for module in self.merges:
             assert isinstance(module, StageModule)
@@ -255,7 +262,7 @@ class Vision(nn.Module):
 
 
 class _Between:
-    """A stage between the attention and the MLP of a layer, whose keys it looks at."""
+    """A stage in a layer, whose keys it may look at."""
 
     def __init__(
         self,

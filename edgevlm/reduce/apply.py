@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgevlm.reduce.order import in_order, numpy_in_order
 from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import View, picked
@@ -24,7 +25,11 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     if stage.transform is not None:
         return _transformed(stage, tokens)
     if stage.merge is not None:
-        return stage.merge.torch(view, stage.count_out)
+        merged = stage.merge.torch(view, stage.count_out)
+        # Between the encoder's layers order says nothing; the encoder puts it right behind them.
+        if stage.at == "encoder.layers":
+            return merged
+        return replace(in_order(merged, dense=view.dense), grid=stage.grid_out)
     scores, kept = chosen_rows(stage, view)
     if stage.rest is not None and stage.extra:
         assert scores is not None, "checked when the stage was sized"
@@ -35,9 +40,11 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
             sizes=made.sizes,
             grid=stage.grid_out,
         )
+    sizes = tokens.sizes
     return VisSeq(
         features=take_rows(tokens.features, kept, view.dense),
         places=picked(tokens.places, kept, dense=view.dense),
+        sizes=None if sizes is None else picked(sizes, kept, dense=view.dense),
         grid=stage.grid_out,
     )
 
@@ -66,7 +73,7 @@ def _transformed(stage: Stage, tokens: VisSeq[Tensor]) -> VisSeq[Tensor]:
     cells = torch.from_numpy(across.astype(np.float32)) @ cells
     return VisSeq(
         features=cells.reshape(-1, stage.count_out, width),
-        places=torch.from_numpy(_centres(stage)).expand(x.shape[0], stage.count_out),
+        places=tokens.places.index_select(1, torch.from_numpy(_centres(stage))),
         grid=stage.grid_out,
     )
 
@@ -77,7 +84,10 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
     if stage.transform is not None:
         return _numpy_transformed(stage, tokens)
     if stage.merge is not None:
-        return stage.merge.numpy(view, stage.count_out)
+        merged = stage.merge.numpy(view, stage.count_out)
+        if stage.at == "encoder.layers":
+            return merged
+        return replace(numpy_in_order(merged), grid=stage.grid_out)
     assert stage.select is not None, "a stage has a verb"
     scores = None if stage.score is None else stage.score.numpy(view)
     kept = stage.select.numpy(view, scores, stage.count_out - stage.extra)
@@ -86,9 +96,11 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
         made = stage.rest.numpy(view, scores, kept, stage.extra)
         places = np.take_along_axis(tokens.places, made.places, 1)
         return VisSeq(features=made.features, places=places, sizes=made.sizes, grid=stage.grid_out)
+    sizes = tokens.sizes
     return VisSeq(
         features=np.take_along_axis(tokens.features, kept[..., None], 1),
         places=np.take_along_axis(tokens.places, kept, 1),
+        sizes=None if sizes is None else np.take_along_axis(sizes, kept, 1),
         grid=stage.grid_out,
     )
 
@@ -99,7 +111,7 @@ def _numpy_transformed(stage: Stage, tokens: VisSeq[np.ndarray]) -> VisSeq[np.nd
     whole = np.kron(down, across)
     return VisSeq(
         features=np.einsum("kn,bnc->bkc", whole, tokens.features),
-        places=np.tile(_centres(stage), (len(tokens.features), 1)),
+        places=tokens.places[:, _centres(stage)],
         grid=stage.grid_out,
     )
 

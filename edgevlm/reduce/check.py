@@ -6,6 +6,7 @@ another way than asked is a decision that says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,16 @@ MIXERS = ("attention",)
 def problems_of(problem: Problem) -> None:
     """Raise Complaint for the first stage that this model has no place for."""
     spec, stages = problem.spec, problem.stages
-    is_whole = True
+    is_whole, is_packed = True, False
     for number, stage in enumerate(stages, 1):
         try:
             _check_site(spec, stage)
             _check_counts(stage)
             _check_needs(spec, stage, is_whole=is_whole)
+            if stage.at == "decoder":
+                _check_place(spec, stage, is_packed=is_packed)
+                _check_heads(spec, stage)
+                is_packed = stage.place == "repack"
         except Complaint as complaint:
             message = f"stage {number}: {complaint.message}"
             raise Complaint(message, hint=complaint.hint) from None
@@ -56,11 +61,20 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                 hint="name one grid in image.grids, or put the stage at projector",
             )
     merge = spec.projector.merge
-    if merge > 1 and stage.at in ("encoder.layers", "encoder"):
+    takes_patches = stage.at == "encoder.layers" or (
+        stage.at == "encoder" and stage.transform is None
+    )
+    if merge > 1 and takes_patches:
         raise Complaint(
             f"the projector joins squares of {merge} x {merge} patches, which are gone when "
             f"patches are taken at {stage.at}",
             hint="put the stage at projector",
+        )
+    if merge > 1 and stage.at == "encoder" and stage.place == "keep":
+        raise Complaint(
+            f"the projector joins squares of {merge} x {merge} patches, whose positions are not "
+            "those of patches",
+            hint="remove place, or put the stage at projector",
         )
     if stage.at == "encoder.layers":
         if spec.vision.position == "rotary":
@@ -76,6 +90,50 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                 "encoder, and their patches would no longer be the same",
                 hint="put the stage at encoder",
             )
+        for grid in spec.vision.grids:
+            if spec.patch_tokens(grid) != math.prod(grid):
+                raise Complaint(
+                    f"{spec.patch_tokens(grid)} rows leave the encoder, which are not its "
+                    f"{math.prod(grid)} patches",
+                    hint="put the stage at encoder",
+                )
+
+
+def _check_place(spec: VlmSpec, stage: StageOptions, *, is_packed: bool) -> None:
+    """Within the decoder positions are kept, or counted anew from there on."""
+    if stage.place == "repack":
+        if spec.decoder.rope.sections:
+            raise Complaint(
+                "positions have a row and a column of the grid, and cannot be counted anew within "
+                "the decoder",
+                hint="write place: keep",
+            )
+        return
+    if is_packed:
+        raise Complaint(
+            "it keeps positions, which a stage before it has counted anew",
+            hint="write place: repack",
+        )
+    maker = stage.rest or stage.merge
+    if maker is not None:
+        raise Complaint(
+            f"{maker.name!r} makes tokens of others, which have no positions to keep",
+            hint="write place: repack",
+        )
+
+
+def _check_heads(spec: VlmSpec, stage: StageOptions) -> None:
+    """A score by the best heads of a layer finds as many there."""
+    top_heads = getattr(stage.score, "top_heads", None)
+    if stage.score is None or not isinstance(top_heads, int):
+        return
+    layer = layer_of(stage, len(spec.decoder.layers)) - stage.score.looks_back
+    num_heads = spec.decoder.layers[layer].attention.num_heads
+    if top_heads > num_heads:
+        raise Complaint(
+            f"it goes by the best {top_heads} heads of {num_heads}",
+            hint="write a share of the heads, such as top_heads: 0.5",
+        )
 
 
 def _check_encoded(done: Sequence[StageOptions], coming: Sequence[StageOptions]) -> None:
@@ -111,8 +169,7 @@ def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
         )
     rows = {grid: spec.patch_tokens(grid) for grid in spec.vision.grids}
     odd = [(grid, count) for grid, count in rows.items() if count != grid[0] * grid[1]]
-    looks_at_patches = "attention" in stage.needs and stage.at != "decoder"
-    if odd and (looks_at_patches or stage.at == "encoder.layers"):
+    if odd and "attention" in stage.needs and stage.at != "decoder":
         (grid, count) = odd[0]
         raise Complaint(
             f"it looks at attention between patches, and {count} rows leave an encoder of "
@@ -154,11 +211,8 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
     assert after.reduction is not None
     yield from without_sorting(problem, context)
     _, stages = after.reduction.stages[0]
-    sized = iter(stages)
     for number, options in enumerate(problem.stages, 1):
-        parts = [next(sized)]
-        while options.at == "encoder.layers" and parts[-1].layer != len(after.vision.layers) - 1:
-            parts.append(next(sized))
+        parts = [stage for stage in stages if stage.number == number]
         first, last = parts[0], parts[-1]
         what = "+".join(piece.name for piece in options.pieces)
         site = f"decoder.layers.{last.layer}" if last.at == "decoder" else last.at

@@ -170,14 +170,17 @@ def vision_macs(spec: VlmSpec, grid: Grid) -> int:
 
 
 def encoder_rows(spec: VlmSpec, grid: Grid) -> list[tuple[int, int]]:
-    """Rows of the attention and of the MLP of every layer of the encoder: a stage is between."""
-    left = {stage.layer: stage.count_out for stage in _stages(spec, grid, "encoder.layers")}
+    """Rows of the attention and of the MLP of every layer of the encoder."""
+    stages = {stage.layer: stage for stage in _stages(spec, grid, "encoder.layers")}
     before, extra = _stages(spec, grid, "input"), int(spec.vision.class_token)
     here = before[-1].count_out if before else grid[0] * grid[1]
     found = []
     for index in range(len(spec.vision.layers)):
-        attending, here = here, left.get(index, here)
-        found.append((attending + extra, here + extra))
+        stage, attending = stages.get(index), here
+        here = here if stage is None else stage.count_out
+        # A merge stands between the two, a transform behind both.
+        is_behind = stage is not None and stage.transform is not None
+        found.append((attending + extra, (attending if is_behind else here) + extra))
     return found
 
 
@@ -193,14 +196,24 @@ def projector_macs(spec: VlmSpec, grid: Grid) -> int:
 
 
 def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
-    """Multiply-adds of the stages of a model, for the groups of a prompt."""
-    total = 0
+    """Multiply-adds of the stages of a model, for the groups of a prompt.
+
+    Where nothing sorts and nothing is looked up, look-ups of whole tokens are products, and are
+    counted; those of single numbers are left out.
+    """
+    if spec.reduction is None:
+        return 0
     rows = prompt_rows(spec, prompt)
-    for stage in () if spec.reduction is None else dict(spec.reduction.stages)[prompt.grid]:
+    total = prompt.groups * _ordered_macs(spec, prompt.grid)
+    for stage in dict(spec.reduction.stages)[prompt.grid]:
         extent = _extent(spec, stage, prompt, rows)
-        times = 1 if stage.at == "decoder" else prompt.groups
-        total += times * (_moved_macs(stage, extent) + sum(p.macs(extent) for p in stage.pieces))
-    return total
+        macs = sum(piece.macs(extent) for piece in stage.pieces)
+        if stage.at != "decoder":
+            total += prompt.groups * (macs + _moved_macs(stage, extent))
+        elif stage.count_out not in (0, stage.count_in):
+            # A cut that takes all or nothing has nothing to choose.
+            total += macs + _projected_macs(stage, extent)
+    return total + _rater_macs(spec, prompt, rows)
 
 
 def _stages(spec: VlmSpec, grid: Grid, *sites: str) -> tuple[Stage, ...]:
@@ -263,14 +276,37 @@ def _layers(
 
 
 def _moved_macs(stage: Stage, extent: Extent) -> int:
-    """Multiply-adds of taking the chosen tokens, where that is a product and no piece does it."""
-    if stage.select is None or extent.extra:
-        return 0
-    if stage.at != "decoder":
+    """Multiply-adds of taking the chosen tokens, or of putting merged ones in order."""
+    if stage.select is not None and not extent.extra:
         return extent.taken_macs(extent.kept, extent.tokens, extent.width)
-    before = extent.layers["own"].rows
-    after = before - extent.groups * (extent.tokens - extent.kept)
-    return extent.taken_macs(after, before, extent.width)
+    if stage.merge is not None and stage.at != "encoder.layers":
+        return extent.taken_macs(extent.kept, extent.kept, extent.width)
+    return 0
+
+
+def _ordered_macs(spec: VlmSpec, grid: Grid) -> int:
+    """Multiply-adds of putting patches in order behind layers in which they were merged."""
+    merges = [stage for stage in _stages(spec, grid, "encoder.layers") if stage.merge is not None]
+    if not merges or not merges[-1].dense:
+        return 0
+    return merges[-1].count_out ** 2 * spec.vision.out_width
+
+
+def _projected_macs(stage: Stage, extent: Extent) -> int:
+    """Multiply-adds of the queries and keys of a layer for the cut before it; values come along."""
+    if not any(piece.looks_here for piece in stage.pieces):
+        return 0
+    layer = extent.layers["own"]
+    return layer.rows * layer.width * (layer.attention.q_width + 2 * layer.attention.kv_width)
+
+
+def _rater_macs(spec: VlmSpec, prompt: Prompt, rows: Sequence[int]) -> int:
+    """Multiply-adds of finding the words that look at pictures: once, as the prompt comes in."""
+    assert spec.reduction is not None
+    cuts = spec.reduction.cuts
+    if not any("raters" in cut.queries for cut in cuts):
+        return 0
+    return prompt.groups * cuts[0].count_in * rows[0] * spec.decoder.width
 
 
 def without_reduction(spec: VlmSpec) -> VlmSpec:

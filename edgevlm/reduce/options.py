@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -77,6 +78,16 @@ class StageOptions(Options):
     depth: float | None = Field(
         None, gt=0, lt=1, description="The same as a share of the decoder's layers."
     )
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="Of the encoder: the layers it stands in, from 0; absent: all of them.",
+    )
+    depths: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        None,
+        min_length=1,
+        description="The same as shares of the encoder's layers, behind which it stands.",
+    )
     score: AnyScorer | None = Field(None, description="How much each token matters.")
     select: AnyChoice | None = Field(None, description="Which tokens are kept.")
     rest: AnyRest | None = Field(None, description="What the others become; absent: nothing.")
@@ -119,6 +130,8 @@ class StageOptions(Options):
                 hint=f"remove {given[0]}",
                 key=given[0],
             )
+        self._check_encoder_layers()
+        self._check_scores()
         for piece in self.pieces:
             if self.at not in piece.sites:
                 raise Complaint(
@@ -127,6 +140,52 @@ class StageOptions(Options):
                     key="at",
                 )
         return self
+
+    def _check_encoder_layers(self) -> None:
+        """Layers of the encoder are for stages in it, which read them in order."""
+        given = [key for key in ("layers", "depths") if getattr(self, key) is not None]
+        if given and self.at != "encoder.layers":
+            raise Complaint(
+                f"{given[0]} is for stages at encoder.layers, not for {self.at}",
+                hint=f"remove {given[0]}",
+                key=given[0],
+            )
+        if len(given) == 2:
+            raise Complaint(
+                "a stage at encoder.layers names one of layers and depths", hint="remove depths"
+            )
+        if self.at == "encoder.layers" and self.transform is not None and not given:
+            raise Complaint(
+                f"{self.transform.name!r} names the layers it stands behind",
+                hint="write layers: [5, 11], or depths: [0.25, 0.5]",
+            )
+        for key in given:
+            for before, behind in pairwise(getattr(self, key)):
+                if behind <= before:
+                    raise Complaint(
+                        f"{key} ascend, and {show(behind)} stands behind {show(before)}",
+                        hint="write each of them once, in order",
+                        key=key,
+                    )
+
+    def _check_scores(self) -> None:
+        """What goes by scores has a scorer, of a kind it can work with."""
+        if self.score is None:
+            for piece in (self.select, self.rest):
+                if piece is not None and piece.by_score:
+                    raise Complaint(
+                        f"{piece.name!r} goes by scores, and the stage has none",
+                        hint="add score: encoder_attention, or another one",
+                    )
+            return
+        wanted = () if self.rest is None else self.rest.scorers
+        if self.rest is not None and wanted and self.score.name not in wanted:
+            raise Complaint(
+                f"{self.rest.name!r} weighs tokens by their scores, and those of "
+                f"{self.score.name!r} are no shares",
+                hint=f"score by {' or '.join(wanted)}",
+                key="score",
+            )
 
     @property
     def pieces(self) -> tuple[Any, ...]:

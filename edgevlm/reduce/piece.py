@@ -14,6 +14,7 @@ Static classes (`static_class`), which say what a target must be able to do:
 from __future__ import annotations
 
 import importlib.metadata
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -83,6 +84,16 @@ class Piece(Options):
         return False
 
     @property
+    def looks_normed(self) -> bool:
+        """Whether it looks at the rows of a decoder call as the decoder's last norm makes them."""
+        return False
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """Kinds of text rows whose weights it wants, besides the last row."""
+        return frozenset({getattr(self, "query", "last")} - {"last"})
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether a number of tokens that depends on data (class D1) was made a constant."""
         return False
@@ -95,55 +106,71 @@ class Piece(Options):
 class Scorer(Piece):
     """A number for each token: the larger, the rather it is kept."""
 
+    @abstractmethod
     def torch(self, view: View[Tensor]) -> Tensor:
         """Scores [B, N] float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def numpy(self, view: View[np.ndarray]) -> np.ndarray:
         """The twin of `torch`."""
-        raise NotImplementedError
 
 
 class Choice(Piece):
-    """A selector: which tokens are kept, a fixed number of them."""
+    """A selector: which tokens are kept, a fixed number of them.
 
+    One that goes `by_score` needs a scorer in its stage.
+    """
+
+    sites: ClassVar[tuple[Site, ...]] = ("encoder", "projector", "decoder")
+    by_score: ClassVar[bool] = False
+
+    @abstractmethod
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """Rows [B, count] int64 of the tokens kept, ascending."""
-        raise NotImplementedError
 
+    @abstractmethod
     def numpy(self, view: View[np.ndarray], scores: np.ndarray | None, count: int) -> np.ndarray:
         """The twin of `torch`."""
-        raise NotImplementedError
 
 
 class Rest(Piece):
-    """What becomes of the tokens that were not chosen, beyond being dropped."""
+    """What becomes of the tokens that were not chosen, beyond being dropped.
 
+    It goes `by_score`, as a selector may; `scorers` are those it can work with, where not all will
+    do.
+    """
+
+    by_score: ClassVar[bool] = True
+    scorers: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
     def extra(self, keep: int, num_tokens: int) -> int:
         """How many tokens it makes, of the `keep` that leave a stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def torch(self, view: View[Tensor], scores: Tensor, kept: Tensor, extra: int) -> VisSeq[Tensor]:
         """The tokens that leave the stage: those kept [B, k], and `extra` made of the rest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def numpy(
         self, view: View[np.ndarray], scores: np.ndarray, kept: np.ndarray, extra: int
     ) -> VisSeq[np.ndarray]:
         """The twin of `torch`."""
-        raise NotImplementedError
 
 
 class Merge(Piece):
     """Tokens that are alike become one, a fixed number of times."""
 
+    def check(self, num_tokens: int, count: int) -> None:
+        """Raise Complaint where so many tokens cannot become so few."""
+
+    @abstractmethod
     def torch(self, view: View[Tensor], count: int) -> VisSeq[Tensor]:
         """The `count` tokens that leave the stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def numpy(self, view: View[np.ndarray], count: int) -> VisSeq[np.ndarray]:
         """The twin of `torch`."""
-        raise NotImplementedError
 
 
 class Transform(Piece):
@@ -163,13 +190,17 @@ class Transform(Piece):
         (height, width), (rows, columns) = extent.grid_in, extent.grid_out
         return rows * width * extent.width * (height + columns)
 
+    @abstractmethod
     def grid(self, grid: tuple[int, int], count: int) -> tuple[int, int]:
         """The grid of at most `count` tokens that it makes of a grid; Complaint where it cannot."""
-        raise NotImplementedError
 
+    def steps(self, grid: tuple[int, int], count: int) -> tuple[tuple[int, int], ...]:
+        """The grids that it makes one behind the other, where it stands in layers."""
+        return (self.grid(grid, count),)
+
+    @abstractmethod
     def matrix(self, old: int, new: int) -> np.ndarray:
         """The map [new, old] float64 along one side; both sides are mapped, one after the other."""
-        raise NotImplementedError
 
 
 def plugins() -> None:
@@ -190,7 +221,7 @@ def register(kind: type[PieceT]) -> type[PieceT]:
     return kind
 
 
-def known(family: type[Piece]) -> Mapping[str, type[Piece]]:
+def known(family: type[Any]) -> Mapping[str, type[Piece]]:
     """The pieces of a family, by name."""
     return _KINDS.get(family.__name__, {})
 
@@ -205,7 +236,6 @@ class _Named(Options):
     def _has_one_key(cls, data: object) -> object:
         if isinstance(data, str):
             if data not in cls.model_fields:
-                # A name alone is no key of the file, so that the place is that of the value.
                 hint = suggest(data, list(cls.model_fields))
                 raise Complaint(f"unknown {cls.key_noun} {data!r}", hint=hint)
             data = {data: {}}
@@ -227,7 +257,7 @@ def _wrapped(piece: Piece) -> dict[str, Any]:
     return {piece.name: piece.model_dump(mode="json")}
 
 
-def named(family: type[PieceT], noun: str) -> Any:
+def named(family: type[Any], noun: str) -> Any:
     """The type of a field that holds a piece of a family, of those known by now."""
     fields: dict[str, Any] = {name: (kind, None) for name, kind in known(family).items()}
     model = create_model(f"{family.__name__}Field", __base__=_Named, **fields)

@@ -23,10 +23,11 @@ MAIN = "main"
 class Stage:
     """One stage for one picture grid: `count_in` tokens come, `count_out` leave.
 
-    `layer` is the layer it stands before in the decoder, or in which it stands in the encoder.
-    `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are there where
-    tokens lie on a whole grid. `place` is `keep` or `repack`. `dense` asks for forms without TopK
-    and Gather.
+    `number` is that of the stage as it was written, from 1. `layer` is the layer it stands before
+    in the decoder, or in which it stands in the encoder: a merge in front of its MLP, a transform
+    behind it. `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are
+    there where tokens lie on a whole grid. `place` is `keep` or `repack`. `dense` asks for forms
+    without TopK and Gather.
     """
 
     at: Site
@@ -42,6 +43,7 @@ class Stage:
     merge: Merge | None = None
     transform: Transform | None = None
     extra: int = 0
+    number: int = 1
     dense: bool = False
 
     @property
@@ -63,8 +65,12 @@ class Stage:
     @property
     def queries(self) -> frozenset[str]:
         """Kinds of text rows that it wants weights of, besides the last row."""
-        kinds = {getattr(piece, "query", "last") for piece in self.pieces}
-        return frozenset(kinds - {"last"})
+        return frozenset[str]().union(*(piece.asks for piece in self.pieces))
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether tokens leave that are none of those that came."""
+        return self.select is None or self.extra > 0
 
     @property
     def name(self) -> str:
@@ -91,13 +97,15 @@ class Segment:
 class Reduction:
     """The stages of a model, for each of its patch grids, in the order in which tokens pass.
 
-    `method` is the name they were asked by. `dense` asks for forms without TopK and Gather.
-    `pictures` are how many picture groups a prompt of fixed shape has at most.
+    `method` is the name they were asked by. `dense` asks for forms without TopK and Gather. `merge`
+    is the side of the squares of patches that the projector makes tokens of. `pictures` are how
+    many picture groups a prompt of fixed shape has at most.
     """
 
     stages: tuple[tuple[Grid, tuple[Stage, ...]], ...]
     method: str | None = None
     dense: bool = False
+    merge: int = 1
     pictures: int = 2
 
     def of(self, grid: Grid, *sites: Site) -> tuple[Stage, ...]:
@@ -112,8 +120,10 @@ class Reduction:
     def tokens(self, grid: Grid) -> int:
         """Visual tokens of a picture of a grid that enter the decoder."""
         before = self.of(grid, "input", "encoder.layers", "encoder", "projector")
-        if before:
+        if before and before[-1].at == "projector":
             return before[-1].count_out
+        if before:
+            return before[-1].count_out // self.merge**2
         return dict(self.stages)[grid][0].count_in
 
     def segments(self, num_layers: int) -> tuple[Segment, ...]:

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from edgevlm.document import Complaint
 from edgevlm.model.spec import VlmSpec
 from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.order import even_steps
 from edgevlm.reduce.piece import SITES
 from edgevlm.reduce.plan import Grid, Reduction, Stage, average_tokens
 
 __all__ = ["Problem", "solve"]
 
 STEPS = 60
+IN_PATCHES = ("input", "encoder.layers", "encoder")
+"""Where tokens are still patches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +44,7 @@ def solve(problem: Problem) -> Reduction:
         stages=tuple((grid, _sized(problem, grid)) for grid in problem.spec.vision.grids),
         method=problem.method,
         dense=problem.dense,
+        merge=problem.spec.projector.merge,
         pictures=problem.pictures,
     )
 
@@ -53,10 +57,28 @@ def layer_of(stage: StageOptions, num_layers: int) -> int:
     return max(1, round(stage.depth * num_layers))
 
 
+def encoder_layers(stage: StageOptions, num_layers: int) -> tuple[int, ...]:
+    """The layers of the encoder that a stage stands in, from 0, ascending."""
+    for layer in stage.layers or ():
+        if layer >= num_layers:
+            raise Complaint(
+                f"layer {layer} of an encoder of {num_layers}",
+                hint=f"choose from 0 to {num_layers - 1}",
+            )
+    if stage.layers is not None:
+        return stage.layers
+    if stage.depths is None:
+        return tuple(range(num_layers))
+    # Shares that a shallow encoder has no layers for fall together.
+    found = (max(0, round(depth * num_layers) - 1) for depth in stage.depths)
+    return tuple(dict.fromkeys(found))
+
+
 def _check_order(problem: Problem) -> None:
     """Stages stand in the order in which tokens pass them."""
     num_layers = len(problem.spec.decoder.layers)
     last = (-1, -1)
+    in_layers = ("encoder.layers", "decoder")
     for index, stage in enumerate(problem.stages):
         layer = layer_of(stage, num_layers) if stage.at == "decoder" else -1
         if stage.at == "decoder" and not 1 <= layer < num_layers:
@@ -64,13 +86,17 @@ def _check_order(problem: Problem) -> None:
                 f"stage {index + 1} stands before layer {layer} of a decoder of {num_layers}",
                 hint=f"choose a layer from 1 to {num_layers - 1}; before the first, use projector",
             )
-        here = (SITES.index(stage.at), layer)
-        if here <= last and (stage.at == "decoder" or here < last):
+        first, end = layer, layer
+        if stage.at == "encoder.layers":
+            layers = encoder_layers(stage, len(problem.spec.vision.layers))
+            first, end = layers[0], layers[-1]
+        here = (SITES.index(stage.at), first)
+        if here <= last and (stage.at in in_layers or here < last):
             raise Complaint(
                 f"stage {index + 1} at {stage.at} stands before the one that is written above it",
                 hint="write stages in the order in which tokens pass them",
             )
-        last = here
+        last = (SITES.index(stage.at), end)
 
 
 def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
@@ -96,23 +122,32 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
         )
     if wanted == total:
         return _stages(problem, grid, 1.0)
+    # Counts are whole, so an average can be met to within the tokens of one step.
+    most = wanted + max(1.0, 0.02 * wanted)
+
+    def cost(stages: tuple[Stage, ...]) -> tuple[bool, float]:
+        average = _average_of(problem, grid, stages)
+        return average > most, abs(average - wanted)
+
     low, high = 0.0, 1.0
-    closest, why = _stages(problem, grid, 1.0), ""
+    whole = closest = _stages(problem, grid, 1.0)
+    refusal: Complaint | None = None
     for _ in range(STEPS):
         middle = (low + high) / 2
         try:
             found = _stages(problem, grid, middle)
         except Complaint as complaint:
             # Too few tokens for one of the pieces.
-            low, why = middle, f" ({complaint.message})"
+            low, refusal = middle, complaint
             continue
-        average = _average_of(problem, grid, found)
-        if abs(average - wanted) < abs(_average_of(problem, grid, closest) - wanted):
-            closest = found
-        low, high = (middle, high) if average < wanted else (low, middle)
+        closest = min(closest, found, key=cost)
+        is_little = _average_of(problem, grid, found) < wanted
+        low, high = (middle, high) if is_little else (low, middle)
+    if closest is whole and refusal is not None:
+        raise refusal
+    why = "" if refusal is None else f" ({refusal.message})"
     least = _average_of(problem, grid, closest)
-    # Counts are whole, so an average can be met to within the tokens of one step.
-    if least > wanted + max(1.0, 0.02 * wanted):
+    if least > most:
         num_layers = len(problem.spec.decoder.layers)
         raise Complaint(
             f"an average of {wanted:.4g} of {total} tokens is out of reach: over {num_layers} "
@@ -123,24 +158,27 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
 
 
 def _average_of(problem: Problem, grid: Grid, stages: tuple[Stage, ...]) -> float:
-    reduction = Reduction(stages=((grid, stages),))
+    reduction = Reduction(stages=((grid, stages),), merge=problem.spec.projector.merge)
     return average_tokens(reduction.segments(len(problem.spec.decoder.layers)))
 
 
 def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
     """Every stage sized, with the unknown of the budget set to x."""
-    spec = problem.spec
+    spec, merge = problem.spec, problem.spec.projector.merge
     total = count = spec.dense_tokens(grid)
     shape: Grid | None = spec.token_grid(grid)
     sized: list[Stage] = []
     for index, options in enumerate(problem.stages):
-        if not sized and options.at in ("encoder.layers", "encoder", "input"):
+        if not sized and options.at in IN_PATCHES:
             # Before squares of patches are joined, tokens are patches.
             total = count = spec.patch_tokens(grid)
             shape = grid if spec.vision.pixels == "image" else None
+        if sized and sized[-1].at in IN_PATCHES and options.at not in IN_PATCHES and merge > 1:
+            assert shape is not None, "patches leave an encoder on a grid where they are joined"
+            count, shape = count // merge**2, (shape[0] // merge, shape[1] // merge)
         keep = _count(options, count, total, x)
         try:
-            found = _stage(problem, options, count, keep, shape)
+            found = _stage(problem, index + 1, count, keep, shape)
         except Complaint as complaint:
             raise Complaint(
                 f"stage {index + 1}: {complaint.message}", hint=complaint.hint
@@ -162,10 +200,9 @@ def _count(options: StageOptions, count: int, total: int, x: float) -> int:
     return keep
 
 
-def _stage(
-    problem: Problem, options: StageOptions, count: int, keep: int, grid: Grid | None
-) -> list[Stage]:
+def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | None) -> list[Stage]:
     """The stage, or one for each layer of the encoder it stands in."""
+    options = problem.stages[number - 1]
     if keep > count:
         raise Complaint(
             f"cannot keep {keep} of the {count} tokens that come", hint=f"keep at most {count}"
@@ -179,8 +216,12 @@ def _stage(
         if "grid" in piece.needs and grid is None:
             raise Complaint(
                 f"{piece.name!r} takes a whole grid, and the tokens lie on none",
-                hint="put it before stages that select or merge",
+                hint="put it before stages that select or merge"
+                if number > 1
+                else "put the stage at projector",
             )
+    if options.at == "encoder.layers":
+        return _layer_stages(problem, number, count, keep, grid)
     layer = None
     if options.at == "decoder":
         layer = layer_of(options, len(problem.spec.decoder.layers))
@@ -188,14 +229,19 @@ def _stage(
     grid_out = grid if keep == count else None
     if options.transform is not None:
         assert grid is not None
-        grid_out = options.transform.grid(grid, keep)
+        # The sides of what leaves must divide into the squares that a projector joins.
+        side = problem.spec.projector.merge if options.at in IN_PATCHES else 1
+        squares = options.transform.grid(
+            (grid[0] // side, grid[1] // side), max(1, keep // side**2)
+        )
+        grid_out = (squares[0] * side, squares[1] * side)
         keep = math.prod(grid_out)
     check = getattr(options.select, "check", None)
     if check is not None and grid is not None:
         check(grid, keep)
+    if options.merge is not None:
+        options.merge.check(count, keep)
     extra = 0 if options.rest is None or keep == count else options.rest.extra(keep, count)
-    if options.at == "encoder.layers":
-        return _layer_stages(problem, options, count, keep, grid)
     return [
         Stage(
             at=options.at,
@@ -211,40 +257,50 @@ def _stage(
             merge=options.merge,
             transform=options.transform,
             extra=extra,
+            number=number,
             dense=problem.dense,
         )
     ]
 
 
 def _layer_stages(
-    problem: Problem, options: StageOptions, count: int, keep: int, grid: Grid | None
+    problem: Problem, number: int, count: int, keep: int, grid: Grid | None
 ) -> list[Stage]:
-    """The same number of merges in every layer of the encoder; the last takes what is over."""
-    num_layers = len(problem.spec.vision.layers)
-    goes = count - keep
-    found: list[Stage] = []
-    here = count
-    for layer in range(num_layers):
-        left = count - goes * (layer + 1) // num_layers
-        if here - left > here // 2:
+    """One stage for each layer: as many merges in every one, or the steps of a transform."""
+    options = problem.stages[number - 1]
+    layers = encoder_layers(options, len(problem.spec.vision.layers))
+    grids: Sequence[Grid | None]
+    if options.transform is not None:
+        assert grid is not None
+        steps = options.transform.steps(grid, keep)
+        if len(steps) > len(layers):
             raise Complaint(
-                f"{here - left} of {here} tokens would be merged in one layer, and half is the "
-                "most that find a partner",
-                hint=f"keep more than {keep} tokens",
+                f"{options.transform.name!r} leave {math.prod(steps[-1])} of {count} tokens after "
+                f"{len(steps)} layers, and {len(layers)} are named",
+                hint=f"name more layers, or keep {math.prod(steps[len(layers) - 1])} tokens",
             )
+        layers = layers[-len(steps) :]
+        counts, grids = [math.prod(step) for step in steps], steps
+    else:
+        counts, grids = even_steps(count, keep, len(layers)), [None] * len(layers)
+    found: list[Stage] = []
+    for layer, left, grid_out in zip(layers, counts, grids, strict=True):
+        if options.merge is not None:
+            options.merge.check(count, left)
         found.append(
             Stage(
                 at=options.at,
                 layer=layer,
-                count_in=here,
+                count_in=count,
                 count_out=left,
-                grid_in=grid if layer == 0 else None,
-                grid_out=None,
+                grid_in=grid,
+                grid_out=grid_out,
                 place="repack",
                 merge=options.merge,
                 transform=options.transform,
+                number=number,
                 dense=problem.dense,
             )
         )
-        here = left
+        count, grid = left, grid_out
     return found

@@ -45,8 +45,9 @@ class View(Generic[ArrayT]):
     `probes` are queries and keys: of encoder layers by their number as the piece wrote it, of a
     decoder's layer by `own` and `previous`. `encoded` [B, M, Dv] are the encoder's features, where
     tokens are rows of the projector; `squares` [N, m] are the features that each was made of.
-    `question` [1, Q, W] and `asked` [1, Q] by kind are the text rows and their weights. `dense`
-    asks for forms without TopK and Gather.
+    `question` [1, Q, W] and `asked` [1, Q] by kind are the text rows and their weights. `normed`
+    [1, T, W] are the rows of a decoder call behind the decoder's last norm, where a piece looks at
+    them. `dense` asks for forms without TopK and Gather.
     """
 
     tokens: VisSeq[ArrayT]
@@ -56,6 +57,7 @@ class View(Generic[ArrayT]):
     question: ArrayT | None = None
     asked: Mapping[str, ArrayT] = field(default_factory=dict)
     call: Call[ArrayT] | None = None
+    normed: ArrayT | None = None
     dense: bool = False
 
 
@@ -78,7 +80,6 @@ def picked(values: Tensor, rows: Tensor, *, dense: bool = False) -> Tensor:
     from edgevlm_export.ops import take_rows
 
     found = take_rows(values[..., None].to(torch.float32), rows, dense)
-    # Of one column: an index would be one more look-up in a graph.
     return found.flatten(1).to(values.dtype)
 
 
@@ -87,8 +88,34 @@ def ranked(scores: Tensor) -> Tensor:
     import torch
 
     ours, others = scores[:, :, None], scores[:, None]
-    is_earlier = torch.ones(scores.shape[1], scores.shape[1]).tril(-1) > 0
+    rows = torch.arange(scores.shape[1])
+    is_earlier = rows[:, None] > rows
     return ((others > ours) | ((others == ours) & is_earlier)).sum(-1)
+
+
+def nearest(likeness: Tensor, count: int, *, dense: bool = False) -> Tensor:
+    """Ones [B, M, N] at the `count` largest of each row of likeness [B, M, N], else zeros."""
+    import torch
+
+    from edgevlm_export.ops import top_rows
+
+    num_rows, num_tokens = likeness.shape[1:]
+    rows, _ = top_rows(likeness.flatten(0, 1), count, dense)
+    is_near = (rows[:, :, None] == torch.arange(num_tokens)).to(likeness.dtype).sum(1)
+    found: Tensor = is_near.unflatten(0, (-1, num_rows))
+    return found
+
+
+def sizes_of(tokens: VisSeq[Tensor]) -> Tensor:
+    """What each token was merged from [B, N, 1], ones where nothing was."""
+    if tokens.sizes is not None:
+        return tokens.sizes[..., None]
+    return tokens.features[..., :1] * 0.0 + 1.0
+
+
+def numpy_sizes_of(tokens: VisSeq[np.ndarray]) -> np.ndarray:
+    """The twin of `sizes_of`, [B, N]."""
+    return np.ones(tokens.places.shape) if tokens.sizes is None else tokens.sizes
 
 
 def mean_keys(probe: Probe[Tensor], rows: Tensor) -> Tensor:

@@ -83,10 +83,10 @@ def joining() -> VlmSpec:
             "patches are taken at encoder\n  hint: put the stage at projector",
         ),
         (
-            joining(),
+            native_spec((4, 6)),
             "{at: encoder, keep: 4, transform: fourier}",
-            "reduce: stage 1: the projector joins squares of 2 x 2 patches, which are gone when "
-            "patches are taken at encoder\n  hint: put the stage at projector",
+            "reduce: stage 1: 'fourier' takes a whole grid, and the tokens lie on none\n"
+            "  hint: put the stage at projector",
         ),
         (
             joining(),
@@ -95,7 +95,7 @@ def joining() -> VlmSpec:
             "patches are taken at encoder.layers\n  hint: put the stage at projector",
         ),
     ],
-    ids=["no class", "class kept", "hybrid", "grids", "native", "joining", "joining layers"],
+    ids=["no class", "class kept", "hybrid", "grids", "native", "native grid", "joining layers"],
 )
 def test_models_that_a_stage_does_not_fit(spec: VlmSpec, stages: str, expected: str) -> None:
     assert of_stages(stages, spec) == expected

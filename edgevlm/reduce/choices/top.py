@@ -1,13 +1,13 @@
-"""The tokens of the best scores, with a lattice of tokens before all others where one is asked."""
+"""The tokens of the best scores, with evenly spaced ones before all others where they are asked."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edgevlm.document import Complaint
-from edgevlm.reduce.lattice import lattice_rows
+from edgevlm.reduce.lattice import lattice_rows, spaced_rows
 from edgevlm.reduce.piece import Choice, StaticClass, register
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Top(Choice):
 
     name: ClassVar[str] = "top"
     static_class: ClassVar[StaticClass] = "S1"
+    by_score: ClassVar[bool] = True
 
     lattice: int | None = Field(
         None,
@@ -34,6 +35,22 @@ class Top(Choice):
         description="Every so many rows and columns of the grid are kept whatever they score "
         "(FEATHER); of the tokens asked for, so that their number stays fixed.",
     )
+    uniform_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="This share of what is kept are evenly spaced tokens, whatever they score "
+        "(PruMerge+).",
+    )
+
+    @model_validator(mode="after")
+    def _is_spaced_in_one_way(self) -> Top:
+        if self.lattice is not None and self.uniform_share is not None:
+            raise Complaint(
+                "a lattice and a uniform share are two ways to keep evenly spaced tokens",
+                hint="remove one of them",
+            )
+        return self
 
     @property
     def needs(self) -> frozenset[str]:
@@ -63,11 +80,9 @@ class Top(Choice):
         from edgevlm_export.ops import top_rows
 
         assert scores is not None, "checked when the stage was resolved"
-        if self.lattice is not None:
-            assert view.tokens.grid is not None
-            first = torch.zeros(scores.shape[1])
-            first[lattice_rows(view.tokens.grid, self.lattice)] = FIRST
-            scores = scores + first
+        first = self._first(view, count)
+        if first:
+            scores = scores + torch.tensor([FIRST * (n in first) for n in range(scores.shape[1])])
         kept, _ = top_rows(scores, count, view.dense)
         return kept
 
@@ -77,11 +92,19 @@ class Top(Choice):
 
         assert scores is not None
         found = []
+        first = self._first(view, count)
         for row in scores:
-            first: list[int] = []
-            if self.lattice is not None:
-                assert view.tokens.grid is not None
-                first = lattice_rows(view.tokens.grid, self.lattice)
             order = [i for i in np.argsort(-row, kind="stable") if i not in first]
             found.append(sorted([*first, *order][:count]))
         return np.array(found, np.int64)
+
+    def _first(self, view: View[Tensor] | View[np.ndarray], count: int) -> list[int]:
+        """The tokens that are kept whatever they score."""
+        grid = view.tokens.grid
+        if self.lattice is not None:
+            assert grid is not None, "checked when the stage was sized"
+            return lattice_rows(grid, self.lattice)
+        if self.uniform_share is not None:
+            number = round(self.uniform_share * count)
+            return spaced_rows(grid, view.tokens.features.shape[1], number)
+        return []

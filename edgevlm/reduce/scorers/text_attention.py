@@ -8,11 +8,11 @@ divides by what rotation alone would give (arXiv 2410.04417).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from edgevlm.reduce.attending import numpy_text_scores, text_scores
+from edgevlm.reduce.attending import head_count, numpy_text_scores, text_scores
 from edgevlm.reduce.piece import Scorer, Site, StaticClass, register
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ class TextAttention(Scorer):
     rope: Literal["on", "off", "corrected"] = Field(
         "on", description="Rotated, not rotated, or divided by what rotation alone gives."
     )
-    top_heads: int | None = Field(
-        None, ge=1, description="Only the heads that look at the pictures most; absent: all."
+    top_heads: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Only the heads that look at the pictures most, a number or a share of them; "
+        "absent: all.",
     )
 
     @property
@@ -58,19 +60,15 @@ class TextAttention(Scorer):
         return self.layer == "own"
 
     def macs(self, extent: Extent) -> int:
-        """Probe rows, and the projections of a layer that has not projected them yet."""
+        """Probe rows, and those of ones where rotation is taken out."""
         layer = extent.layers[self.layer]
-        attention, rows = layer.attention, layer.rows
-        asking = 1 if self.query == "last" else rows
+        asking = 1 if self.query == "last" else layer.rows
         total = layer.probe_macs(asking)
-        if self.layer == "own":
-            total += rows * layer.width * (attention.q_width + 2 * attention.kv_width)
-        if self.top_heads is not None:
-            total += attention.num_heads * layer.probe_macs(asking)
         if self.rope == "corrected":
-            total += asking * rows * (attention.head_dim + 1)
-        if self.query == "raters":
-            total += extent.groups * extent.tokens * rows * layer.width
+            total += asking * layer.rows * (layer.attention.head_dim + 1)
+        if self.top_heads is not None:
+            heads = layer.attention.num_heads
+            total += extent.chosen_macs(heads, head_count(self.top_heads, heads))
         return total
 
     def torch(self, view: View[Tensor]) -> Tensor:

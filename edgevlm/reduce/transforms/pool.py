@@ -17,7 +17,7 @@ class AvgPool(Transform):
     """Windows of one size: sides must divide."""
 
     name: ClassVar[str] = "avgpool"
-    sites: ClassVar[tuple[Site, ...]] = ("encoder.layers", "encoder", "projector")
+    sites: ClassVar[tuple[Site, ...]] = ("encoder", "projector")
 
     def grid(self, grid: tuple[int, int], count: int) -> tuple[int, int]:
         """The finest grid that windows of one size make, of at most so many tokens."""

@@ -6,6 +6,7 @@ from edgevlm_export.ops.activate import ACTIVATIONS, activate
 from edgevlm_export.ops.attention import attention
 from edgevlm_export.ops.cached_attention import cached_attention
 from edgevlm_export.ops.cover_rows import cover_rows
+from edgevlm_export.ops.dpp_rows import dpp_rows
 from edgevlm_export.ops.gated import gated
 from edgevlm_export.ops.heads import CLOSED, causal_mask
 from edgevlm_export.ops.kept_rows import kept_rows
@@ -13,6 +14,7 @@ from edgevlm_export.ops.layer_norm import layer_norm
 from edgevlm_export.ops.logits import logits
 from edgevlm_export.ops.masked_attention import masked_attention
 from edgevlm_export.ops.probe_attention import probe_attention
+from edgevlm_export.ops.probe_heads import probe_heads
 from edgevlm_export.ops.quant_linear import dequantized, num_groups, quant_linear
 from edgevlm_export.ops.rms_norm import rms_norm
 from edgevlm_export.ops.rotary import rotary
@@ -29,6 +31,7 @@ __all__ = [
     "causal_mask",
     "cover_rows",
     "dequantized",
+    "dpp_rows",
     "gated",
     "kept_rows",
     "layer_norm",
@@ -36,6 +39,7 @@ __all__ = [
     "masked_attention",
     "num_groups",
     "probe_attention",
+    "probe_heads",
     "quant_linear",
     "rms_norm",
     "rotary",

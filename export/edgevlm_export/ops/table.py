@@ -6,6 +6,7 @@ from edgevlm_export.ops.activate import OP as ACTIVATE
 from edgevlm_export.ops.attention import OP as ATTENTION
 from edgevlm_export.ops.cached_attention import OP as CACHED_ATTENTION
 from edgevlm_export.ops.cover_rows import OP as COVER_ROWS
+from edgevlm_export.ops.dpp_rows import OP as DPP_ROWS
 from edgevlm_export.ops.gated import OP as GATED
 from edgevlm_export.ops.kept_rows import OP as KEPT_ROWS
 from edgevlm_export.ops.layer_norm import OP as LAYER_NORM
@@ -13,6 +14,7 @@ from edgevlm_export.ops.linear import OP as LINEAR
 from edgevlm_export.ops.logits import OP as LOGITS
 from edgevlm_export.ops.masked_attention import OP as MASKED_ATTENTION
 from edgevlm_export.ops.probe_attention import OP as PROBE_ATTENTION
+from edgevlm_export.ops.probe_heads import OP as PROBE_HEADS
 from edgevlm_export.ops.quant_linear import OP as QUANT_LINEAR
 from edgevlm_export.ops.rms_norm import OP as RMS_NORM
 from edgevlm_export.ops.rotary import OP as ROTARY
@@ -27,6 +29,7 @@ OPS = {
         ATTENTION,
         CACHED_ATTENTION,
         COVER_ROWS,
+        DPP_ROWS,
         GATED,
         KEPT_ROWS,
         LAYER_NORM,
@@ -34,6 +37,7 @@ OPS = {
         LOGITS,
         MASKED_ATTENTION,
         PROBE_ATTENTION,
+        PROBE_HEADS,
         QUANT_LINEAR,
         RMS_NORM,
         ROTARY,

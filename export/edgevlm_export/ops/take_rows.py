@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgevlm_export.emit import Emitter
 from edgevlm_export.ops.op import Op, attribute, dims, torch_op
-from edgevlm_export.ops.picking import Pictures, kept_size
+from edgevlm_export.ops.picking import Pictures, kept_size, looked_up
 
 
 def _empty(x: Tensor, rows: Tensor, *_: object) -> Tensor:
@@ -24,7 +24,7 @@ def _empty(x: Tensor, rows: Tensor, *_: object) -> Tensor:
 
 @torch_op("take_rows", fake=_empty)
 def take_rows(x: Tensor, rows: Tensor, dense: bool = False) -> Tensor:
-    """Take rows [B, k], int64, of float32 x [B, N, C]: [B, k, C].
+    """Take rows [B, k], int64, of float32 x [B, N, C]: [B, k, C]; k may be 0.
 
     `dense` chooses the form without look-ups, whose N is a number and whose x is finite.
     """
@@ -45,8 +45,14 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     if attribute(node, "dense"):
         return [_dense(emit, x, rows, count)]
     if Pictures(batch=batch).is_one:
-        numbers = emit.one("Reshape", rows, emit.ints(count), part="numbers")
+        # A size of 0 is otherwise a dimension that Reshape leaves as it is.
+        empty = {} if count else {"allowzero": 1}
+        numbers = emit.one("Reshape", rows, emit.ints(count), part="numbers", **empty)
         return [emit.one("Gather", x, numbers, axis=1)]
+    num_rows = dims(x)[1]
+    if isinstance(batch, int) and isinstance(num_rows, int):
+        found = looked_up(emit, x, rows, batch, num_rows, count)
+        return [emit.one("Reshape", found, emit.ints(batch, count, -1))]
     numbers = emit.one("Reshape", rows, emit.ints(kept_size(batch), count, 1), part="numbers")
     return [emit.one("GatherND", x, numbers, batch_dims=1)]
 

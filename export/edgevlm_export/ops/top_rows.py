@@ -30,7 +30,7 @@ def _empty(scores: Tensor, count: int, *_: object) -> tuple[Tensor, Tensor]:
 def top_rows(scores: Tensor, count: int, dense: bool = False) -> tuple[Tensor, Tensor]:
     """Return (kept [B, count], rest [B, N - count]) of scores [B, N], int64, both ascending.
 
-    0 < count <= N. Of equal scores the lowest row is kept; infinities are scores like others, NaN
+    0 <= count <= N. Of equal scores the lowest row is kept; infinities are scores like others, NaN
     is none. `dense` chooses the form without sorting, whose N is a number.
     """
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices

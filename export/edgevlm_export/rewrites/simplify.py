@@ -1,8 +1,9 @@
 """onnxsim over a graph, kept where every site survives it.
 
 onnxsim folds constants and drops operations that do nothing. Its fusions are off: they merge nodes
-of several sites, or lose the value between them, and an NPU compiler does its own. Weights stay out
-of its sight, as if they were graph inputs, so that it neither copies nor merges them.
+of several sites, lose the value between them or invent nodes, and an NPU compiler does its own.
+Weights stay out of its sight, as if they were graph inputs, so that it neither copies nor merges
+them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from edgevlm_export.taps import tapped_sites
 
 _SKIPPED = (
     "eliminate_consecutive_idempotent_ops",
+    # A sum over an axis of one number would become a Squeeze without a name.
+    "eliminate_nop_reduce",
     "fuse_add_bias_into_conv",
+    "fuse_consecutive_mul",
     "fuse_consecutive_reshapes",
+    "fuse_consecutive_slices",
+    "fuse_consecutive_squeeze_unsqueeze",
     "fuse_matmul_add_bias_into_gemm",
     "fuse_qkv",
     "fuse_transpose_into_gemm",

@@ -17,10 +17,11 @@ ORT = Target(
     ops={
         "": op_names(
             "Abs Add And ArgMax BitShift BitwiseAnd Cast Clip Concat Conv DequantizeLinear Div",
-            "Equal Expand Gather GatherND Greater GreaterOrEqual LayerNormalization Less MatMul",
-            "Max Min Mul NonZero Or QuantizeLinear Range ReduceMax ReduceMean ReduceMin ReduceSum",
-            "Relu Reshape Round ScatterND Shape SimplifiedLayerNormalization Slice Softmax Split",
-            "Sqrt Squeeze Sub TopK Transpose Unsqueeze Where",
+            # Log: a merged token's key weighs by the logarithm of its size.
+            "Equal Expand Gather GatherND Greater GreaterOrEqual LayerNormalization Less Log",
+            "MatMul Max Min Mul NonZero Or QuantizeLinear Range ReduceMax ReduceMean ReduceMin",
+            "ReduceSum Relu Reshape Round ScatterND Shape SimplifiedLayerNormalization Slice",
+            "Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where",
         ),
         MICROSOFT: op_names(
             "BiasGelu DynamicQuantizeMatMul FastGelu FusedMatMul Gelu GroupQueryAttention",

@@ -13,10 +13,11 @@ STATIC = Target(
     form=FORMS["static"],
     ops={
         "": op_names(
-            "Add And ArgMax Cast Concat Conv DequantizeLinear Div Equal Erf Expand Gather Gemm",
-            "Greater GreaterOrEqual LayerNormalization Less MatMul Max Min Mul Or QuantizeLinear",
-            "ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Sigmoid Slice Softmax Split",
-            "Sqrt Sub Tanh TopK Transpose Unsqueeze Where",
+            # Log: a merged token's key weighs by the logarithm of its size.
+            "Abs Add And ArgMax Cast Concat Conv DequantizeLinear Div Equal Erf Expand Gather",
+            "Gemm Greater GreaterOrEqual LayerNormalization Less Log MatMul Max Min Mul Or",
+            "QuantizeLinear ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Sigmoid Slice",
+            "Softmax Split Sqrt Sub Tanh TopK Transpose Unsqueeze Where",
         ),
     },
     dtypes=dtype_set("BOOL FLOAT FLOAT8E4M3FN FLOAT8E5M2 INT4 INT8 INT16 INT64"),

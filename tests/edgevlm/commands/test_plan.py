@@ -37,7 +37,7 @@ def test_tokens_of_a_schedule(root: Path, capsys: pytest.CaptureFixture[str]) ->
         "average   191.8 visual tokens a layer (33.3 % of 576)",
         "compute   vision 183 G (100.0 %), projector 6.44 G (53.3 %), prefill 1.91 T multiply-adds "
         "(42.5 % of dense)",
-        "choosing  34.1 G multiply-adds; all together 2.13 T (45.5 % of dense)",
+        "choosing  21.1 G multiply-adds; all together 2.12 T (45.2 % of dense)",
         "cache     290.8 MiB, 76.2 M keys and values of the prompt (43.1 % of dense)",
     ]
 
