@@ -167,7 +167,9 @@ def make_plan(recipe: Recipe, device: Device, spec: VlmSpec, text_rows: int | No
     targets, target_decisions = choose_targets(recipe, device)
     context = Context(device=device, targets=targets, seed=recipe.seed)
     decisions = [_model_decision(recipe, spec), *target_decisions]
+    whole = spec
     for step in recipe.passes:
+        whole = spec if spec.reduction is None else whole
         foresight = step.foresee(spec, context)
         spec = foresight.spec
         decisions.append(
@@ -189,6 +191,7 @@ def make_plan(recipe: Recipe, device: Device, spec: VlmSpec, text_rows: int | No
         parameters=parameters(spec),
         tokens=token_plan(
             spec,
+            whole,
             capacity=settled.capacity,
             max_new_tokens=recipe.generation.max_new_tokens or spec.generation.max_new_tokens,
             text_rows=recipe.context.text_rows if text_rows is None else text_rows,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgevlm.model.spec import VlmSpec
-from edgevlm.reduce.cost import Cost, Prompt, prompt_cost, visual_tokens, without_reduction
+from edgevlm.reduce.cost import Cost, Prompt, prompt_cost, visual_tokens
 from edgevlm.reduce.plan import Grid
 from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
 
@@ -85,14 +85,22 @@ class TokenPlan:
 
 
 def token_plan(
-    spec: VlmSpec, *, capacity: int, max_new_tokens: int, text_rows: int | None
+    spec: VlmSpec,
+    whole: VlmSpec,
+    *,
+    capacity: int,
+    max_new_tokens: int,
+    text_rows: int | None,
 ) -> TokenPlan:
-    """The tokens of a model, and the cost of a prompt of one picture and so many rows of text."""
+    """The tokens of a model, and the cost of a prompt of one picture and so many rows of text.
+
+    `whole` is the model before its reduction, whose pictures may have been larger.
+    """
     text_rows = TEXT_ROWS if text_rows is None else text_rows
-    grid = max(spec.vision.grids, key=spec.dense_tokens)
-    groups, marks = picture_groups(spec)
-    prompt = Prompt(grid=grid, text_rows=marks + text_rows, groups=groups)
-    layers = visual_tokens(spec, grid)
+    prompt, grid = _prompt(spec, text_rows), _prompt(whole, text_rows).grid
+    layers = visual_tokens(spec, prompt.grid)
+    # What later passes made of its cache is no matter of reduction.
+    whole = replace(whole, decoder=spec.decoder)
     return TokenPlan(
         per_call={grid: spec.image_tokens(grid) for grid in spec.vision.grids},
         largest_picture=largest_picture(spec),
@@ -101,11 +109,18 @@ def token_plan(
         priced=prompt,
         text_rows=text_rows,
         layers=layers,
-        dense_tokens=spec.dense_tokens(grid),
+        dense_tokens=whole.dense_tokens(grid),
         segments=_segments(spec, prompt, layers, capacity),
         cost=prompt_cost(spec, prompt),
-        dense=None if spec.reduction is None else prompt_cost(without_reduction(spec), prompt),
+        dense=None if spec.reduction is None else prompt_cost(whole, _prompt(whole, text_rows)),
     )
+
+
+def _prompt(spec: VlmSpec, text_rows: int) -> Prompt:
+    """A prompt with the picture of the most tokens."""
+    groups, marks = picture_groups(spec)
+    grid = max(spec.vision.grids, key=spec.dense_tokens)
+    return Prompt(grid=grid, text_rows=marks + text_rows, groups=groups)
 
 
 def _segments(
@@ -130,11 +145,10 @@ def _segments(
 
 def _is_packed(spec: VlmSpec, grid: Grid) -> bool:
     """Whether the tokens that enter the decoder are counted anew."""
-    reduction = spec.reduction
-    before = (
-        () if reduction is None else reduction.of(grid, "encoder.layers", "encoder", "projector")
-    )
-    return bool(before) and not spec.moves_positions(grid)
+    if spec.reduction is None:
+        return False
+    before = spec.reduction.of(grid, "input", "encoder.layers", "encoder", "projector")
+    return bool(before) and before[-1].place != "keep"
 
 
 def dropped_rows(spec: VlmSpec) -> dict[str, int]:

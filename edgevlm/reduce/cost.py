@@ -15,7 +15,7 @@ head, which sees one row of a prompt, are left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from edgevlm.model.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, VlmSpec
 from edgevlm.reduce.extent import Extent, Layer
@@ -206,6 +206,9 @@ def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
     rows = prompt_rows(spec, prompt)
     total = prompt.groups * _ordered_macs(spec, prompt.grid)
     for stage in dict(spec.reduction.stages)[prompt.grid]:
+        if stage.at == "input" and stage.transform is not None:
+            # Pictures are made smaller before they are a graph's.
+            continue
         extent = _extent(spec, stage, prompt, rows)
         macs = sum(piece.macs(extent) for piece in stage.pieces)
         if stage.at != "decoder":
@@ -307,8 +310,3 @@ def _rater_macs(spec: VlmSpec, prompt: Prompt, rows: Sequence[int]) -> int:
     if not any("raters" in cut.queries for cut in cuts):
         return 0
     return prompt.groups * cuts[0].count_in * rows[0] * spec.decoder.width
-
-
-def without_reduction(spec: VlmSpec) -> VlmSpec:
-    """The same model with all its visual tokens."""
-    return replace(spec, reduction=None)

@@ -88,6 +88,14 @@ def test_shares_are_of_the_whole_model() -> None:
     assert whole.tokens.cost.choosing == 0
 
 
+def test_what_comes_after_is_no_gain_of_reduction() -> None:
+    """A cache of eight bits has a quarter of the bytes, reduced or not."""
+    cuts = CUTS.replace("PLACE", "keep")
+    float_cache, int8 = planned(cuts), planned(f"{cuts}  - quantize: {{kv: int8}}\n")
+    assert 4 * int8.tokens.cost.kv_bytes == float_cache.tokens.cost.kv_bytes
+    assert int8.tokens.percent == float_cache.tokens.percent
+
+
 def test_rows_of_text() -> None:
     """The option before the recipe, and 64 where neither says."""
     in_recipe = MINIMAL.replace("capacity: 160", "capacity: 160, text_rows: 99")
