@@ -162,11 +162,23 @@ def compile(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, json: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    text_rows: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=1_000_000,
+            help="Rows of text of the prompt whose cost is shown; else as the recipe says, or 64.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Show what compiling a recipe would make, from the configuration alone."""
     from edgevlm.commands.plan import plan_command
 
-    plan_command(recipe, as_json=json)
+    plan_command(recipe, text_rows=text_rows, as_json=json)
 
 
 @app.command("run")

@@ -32,6 +32,7 @@ __all__ = [
     "parse_device",
 ]
 
+FLOATS = ("float32", "float16", "bfloat16")
 Kind = Literal["measured", "vendor", "fitted", "assumed"]
 
 
@@ -173,6 +174,11 @@ class Device(Options):
     def dtypes_of(self, target: str) -> tuple[DtypeFact, ...]:
         """What it computes with in this target form."""
         return tuple(dtype for dtype in self.dtypes if target in dtype.targets)
+
+    def lacks(self, op: str) -> bool:
+        """Whether an op fails there in floats, which is what scores and features are."""
+        runs = self.ops.get(op, {})
+        return any(runs.get(dtype) == "fail" for dtype in FLOATS)
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Device:

@@ -6,7 +6,7 @@ compiler carries out: `edgevlm plan` shows the same object.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edgevlm.checkpoint import open_checkpoint
@@ -38,16 +38,15 @@ from edgevlm.sizes import (
     weight_bytes,
 )
 from edgevlm.solve import Settled, choose_targets, round_up, settle
+from edgevlm.tokens import TokenPlan, dropped_rows, largest_picture, token_plan
 from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
-from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
 from edgevlm_runtime.manifest import StateGroup
 
 __all__ = [
     "MemoryPlan",
     "Plan",
     "PlannedGraph",
-    "TokenPlan",
     "VariantPlan",
     "make_plan",
     "recipe_device",
@@ -125,25 +124,6 @@ class VariantPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenPlan:
-    """Visual tokens, and what is left of the context for text.
-
-    `per_call` has the tokens of one call of each vision graph; `largest_picture` is the most that
-    one picture takes, all its tiles and the tokens around them counted.
-    """
-
-    per_call: dict[tuple[int, int], int]
-    largest_picture: int
-    capacity: int
-    max_new_tokens: int
-
-    @property
-    def prompt(self) -> int:
-        """Rows for the prompt besides one picture of the largest kind and a whole answer."""
-        return max(0, self.capacity - self.largest_picture - self.max_new_tokens)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What a compile of a recipe makes; `spec` is the model's after all passes."""
 
@@ -157,11 +137,11 @@ class Plan:
     decisions: tuple[Decision, ...]
 
 
-def recipe_plan(recipe: Recipe) -> Plan:
+def recipe_plan(recipe: Recipe, text_rows: int | None = None) -> Plan:
     """Open the recipe's device and checkpoint, and plan."""
     device = recipe_device(recipe)
     checkpoint = open_checkpoint(recipe.source, recipe.revision)
-    return make_plan(recipe, device, checkpoint.spec(image_choices(recipe)))
+    return make_plan(recipe, device, checkpoint.spec(image_choices(recipe)), text_rows)
 
 
 def recipe_device(recipe: Recipe) -> Device:
@@ -178,12 +158,18 @@ def image_choices(recipe: Recipe) -> ImageChoices:
     return ImageChoices(split=recipe.image.split, grids=recipe.image.grids)
 
 
-def make_plan(recipe: Recipe, device: Device, spec: VlmSpec) -> Plan:
-    """Plan a model of which only the spec is known."""
+def make_plan(recipe: Recipe, device: Device, spec: VlmSpec, text_rows: int | None = None) -> Plan:
+    """Plan a model of which only the spec is known.
+
+    Costs are told for a prompt of one picture and `text_rows` rows of text, of as many as the
+    recipe says where None.
+    """
     targets, target_decisions = choose_targets(recipe, device)
     context = Context(device=device, targets=targets, seed=recipe.seed)
     decisions = [_model_decision(recipe, spec), *target_decisions]
+    whole = spec
     for step in recipe.passes:
+        whole = spec if spec.reduction is None else whole
         foresight = step.foresee(spec, context)
         spec = foresight.spec
         decisions.append(
@@ -195,8 +181,7 @@ def make_plan(recipe: Recipe, device: Device, spec: VlmSpec) -> Plan:
             )
         )
         decisions += foresight.decisions
-    largest = largest_picture(spec)
-    settled = settle(recipe, device, spec, largest, targets)
+    settled = settle(recipe, device, spec, largest_picture(spec), targets)
     variants = tuple(_variant(target, spec, settled) for target in targets)
     return Plan(
         recipe=recipe,
@@ -204,30 +189,21 @@ def make_plan(recipe: Recipe, device: Device, spec: VlmSpec) -> Plan:
         spec=spec,
         dtype=settled.dtype,
         parameters=parameters(spec),
-        tokens=TokenPlan(
-            per_call={grid: spec.image_tokens(grid) for grid in spec.vision.grids},
-            largest_picture=largest,
+        tokens=token_plan(
+            spec,
+            whole,
             capacity=settled.capacity,
             max_new_tokens=recipe.generation.max_new_tokens or spec.generation.max_new_tokens,
+            text_rows=recipe.context.text_rows if text_rows is None else text_rows,
         ),
         variants=variants,
         decisions=(
             *decisions,
             *settled.decisions,
+            *_picture_decisions(spec, settled.capacity, targets),
             *(_memory_decision(variant, device) for variant in variants),
         ),
     )
-
-
-def largest_picture(spec: VlmSpec) -> int:
-    """Rows of the decoder that the largest picture becomes."""
-    tokens = max(spec.image_tokens(grid) for grid in spec.vision.grids)
-    geometry = ImageSpec.from_json(spec.image).geometry
-    if not isinstance(geometry, TiledGeometry) or not geometry.split:
-        return tokens
-    side = -(-geometry.longest_edge // geometry.tile)
-    # Every tile stands between marks of its own, the whole picture at the end.
-    return (side * side + 1) * (tokens + 2) + side + 2
 
 
 def _variant(target: str, spec: VlmSpec, settled: Settled) -> VariantPlan:
@@ -269,7 +245,7 @@ def _inplace_steps(spec: VlmSpec, capacity: int) -> list[PlannedGraph]:
         )
         for phases in served
     ]
-    if _dropped(spec):
+    if dropped := dropped_rows(spec):
         steps.append(
             PlannedGraph(
                 role="step",
@@ -277,7 +253,7 @@ def _inplace_steps(spec: VlmSpec, capacity: int) -> list[PlannedGraph]:
                 phases=(PICTURE,),
                 max_rows=capacity,
                 signature=inplace_plan(spec, capacity, step_name((PICTURE,)), pictures=True),
-                dropped=_dropped(spec),
+                dropped=dropped,
             )
         )
     return steps
@@ -296,9 +272,8 @@ def _delta_steps(spec: VlmSpec, capacity: int, counts: Sequence[int]) -> list[Pl
         )
         for rows in counts
     ]
-    if dropped := _dropped(spec):
-        assert spec.reduction is not None
-        for pictures in range(1, spec.reduction.pictures + 1):
+    if dropped := dropped_rows(spec):
+        for pictures in range(1, _num_pictures(spec, capacity) + 1):
             wanted = pictures * spec.segments[0].tokens + PICTURE_TEXT_ROWS
             rows = min(capacity, round_up(wanted, ROW_STEP))
             steps.append(
@@ -316,10 +291,26 @@ def _delta_steps(spec: VlmSpec, capacity: int, counts: Sequence[int]) -> list[Pl
     return steps
 
 
-def _dropped(spec: VlmSpec) -> dict[str, int]:
-    """Rows of a picture that never reach a state group; empty where all layers see all."""
-    first, *deep = spec.segments
-    return {segment.group: first.tokens - segment.tokens for segment in deep}
+def _num_pictures(spec: VlmSpec, capacity: int) -> int:
+    """The most pictures of a prompt of fixed shape: as many as the context holds with some text."""
+    assert spec.reduction is not None
+    return min(spec.reduction.pictures, (capacity - 1) // spec.segments[0].tokens)
+
+
+def _picture_decisions(spec: VlmSpec, capacity: int, targets: Sequence[str]) -> Iterator[Decision]:
+    """Where prompts of fixed shape have fewer pictures than was asked for."""
+    if not dropped_rows(spec) or not any(FORMS[target].rows for target in targets):
+        return
+    assert spec.reduction is not None
+    asked, fitting = spec.reduction.pictures, _num_pictures(spec, capacity)
+    if fitting < asked:
+        tokens = spec.segments[0].tokens
+        yield Decision(
+            asked=f"prompts of up to {asked} pictures in fixed shapes",
+            outcome="degraded",
+            reason=f"a context of {capacity} rows has no room for {asked} of {tokens} tokens",
+            effect=f"a prompt has at most {fitting}",
+        )
 
 
 def _memory(

@@ -72,6 +72,13 @@ class ContextOptions(Options):
     capacity: int | None = Field(
         None, ge=16, description="Rows of prompt and answer together that the state has room for."
     )
+    text_rows: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="Rows of text beside one picture, for which the plan says what a prompt costs; "
+        "absent: 64.",
+    )
 
 
 class GenerationOptions(Options):

@@ -13,7 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "marked", "mebibytes", "plain", "print_json", "shape", "table"]
+__all__ = [
+    "console",
+    "counted",
+    "marked",
+    "mebibytes",
+    "plain",
+    "print_json",
+    "shape",
+    "table",
+]
 
 STYLES = {
     "degraded": "yellow",
@@ -80,3 +89,14 @@ def shape(sizes: tuple[int | str, ...]) -> str:
 def mebibytes(count: float) -> str:
     """Bytes as MiB."""
     return f"{count / 2**20:,.1f} MiB"
+
+
+def counted(count: int) -> str:
+    """A large number by thousands: 2.66 T, 191 G, 12.1 M, 640."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # Three digits: what rounds up to a thousand has the next letter.
+        if count >= 0.9995 * size:
+            value = count / size
+            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+            return f"{value:,.{digits}f} {letter}"
+    return str(count)

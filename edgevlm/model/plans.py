@@ -177,7 +177,7 @@ def delta_plan(
         ]
     wanted = 1 if pictures else num_logit_rows(num_rows)
     return GraphPlan(
-        name=f"step_{num_rows}" if pictures is None else f"picture_{num_rows}",
+        name=f"step_{num_rows}" if pictures is None else f"picture_{pictures}_{num_rows}",
         inputs=(
             _float("inputs_embeds", (1, num_rows, decoder.width), "embeds"),
             *_rope_inputs(spec, num_rows),

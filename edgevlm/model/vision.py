@@ -30,6 +30,7 @@ from edgevlm.model.stages import (
     watched_probe,
 )
 from edgevlm.reduce.order import in_order
+from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import Probe, VisSeq
 from edgevlm.reduce.view import View
 from edgevlm_export.ops import attention, rotary
@@ -199,7 +200,7 @@ class Vision(nn.Module):
             tokens = replace(rows.tokens, features=x)
             if tokens.grid is None:
                 # Merging leaves halves one behind the other: back to the order of the picture.
-                tokens = in_order(tokens)
+                tokens = in_order(tokens, dense=self._merge_in(grid).dense)
         elif len(self.drops):
             tokens = replace(rows.tokens, features=x)
         else:
@@ -258,6 +259,12 @@ class Vision(nn.Module):
             )
             rows = replace(rows, probes={**rows.probes, index - len(self.layers): probe})
         return rows.after(index, x)
+
+    def _merge_in(self, grid: Grid) -> Stage:
+        """One of the stages in the layers, which are alike in what they may do."""
+        module = self.merges[0]
+        assert isinstance(module, StageModule)
+        return module.stage(grid)
 
     def _stage_in(self, index: int, grid: Grid) -> StageModule | None:
         """The stage that stands in a layer, if one does."""

@@ -122,11 +122,14 @@ class Reduce(Pass):
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Every stage sized, and what becomes of what it asks."""
         from edgevlm.reduce.check import decisions_of, problems_of
+        from edgevlm.reduce.lacking import needs_dense
         from edgevlm.reduce.resolution import reduced
 
         if spec.reduction is not None:
             raise PassError(
-                "visual tokens are taken away already", name=self.name, hint="make one of the two"
+                "visual tokens are taken away already",
+                name=self.name,
+                hint="write the stages of both into one reduce",
             )
         if spec.is_quantized:
             raise PassError(
@@ -139,6 +142,7 @@ class Reduce(Pass):
             stages=self.asked_stages,
             budget=self.keep,
             method=self.method,
+            dense=needs_dense(context),
             pictures=self.pictures,
             positions=self.asked_positions,
         )

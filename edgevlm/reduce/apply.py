@@ -23,6 +23,7 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     """The tokens that leave a stage, in the order of their places where it merges."""
     from edgevlm_export.ops import take_rows
 
+    view = replace(view, dense=stage.dense)
     tokens = view.tokens
     if stage.transform is not None:
         return _transformed(stage, tokens)
@@ -71,6 +72,7 @@ def _unknown_way(stage: Stage) -> ModelError:
 def chosen_rows(stage: Stage, view: View[Tensor]) -> tuple[Tensor | None, Tensor]:
     """Scores [B, N] where there are any, and rows [B, k] of the tokens that a stage selects."""
     assert stage.select is not None, "a stage has a verb"
+    view = replace(view, dense=stage.dense)
     scores = None if stage.score is None else stage.score.torch(view)
     return scores, stage.select.torch(view, scores, stage.count_out - stage.extra)
 

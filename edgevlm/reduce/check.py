@@ -7,11 +7,12 @@ another way than asked is a decision that says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from edgevlm.decisions import Decision
 from edgevlm.document import Complaint
+from edgevlm.reduce.lacking import refusal, without_sorting
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import blocks, span
 from edgevlm.reduce.resolution import check_resolution
@@ -31,6 +32,7 @@ def problems_of(problem: Problem) -> None:
     for number, stage in enumerate(stages, 1):
         try:
             _check_site(spec, stage)
+            _check_counts(stage)
             _check_needs(spec, stage, is_whole=is_whole)
             if stage.at == "decoder":
                 _check_place(spec, stage, is_packed=is_packed)
@@ -41,6 +43,7 @@ def problems_of(problem: Problem) -> None:
             raise Complaint(message, hint=complaint.hint) from None
         # Patches that never enter the encoder are missing in every layer alike.
         is_whole = is_whole and stage.at == "input"
+        _check_encoded(stages[:number], stages[number:])
     _check_positions(problem)
 
 
@@ -202,12 +205,45 @@ def _check_input(spec: VlmSpec, stage: StageOptions) -> None:
         )
 
 
+def _check_encoded(done: Sequence[StageOptions], coming: Sequence[StageOptions]) -> None:
+    """The encoder's features are those of the tokens until a stage at the projector took some."""
+    if done[-1].at != "projector":
+        return
+    for number, stage in enumerate(coming, len(done) + 1):
+        if "encoded" in stage.needs:
+            raise Complaint(
+                f"stage {number}: it looks at the encoder's features of every token, and a stage "
+                "before it at projector took some",
+                hint="put it first, or the other stage at encoder",
+            )
+
+
+def _check_counts(stage: StageOptions) -> None:
+    """Graphs have fixed shapes: how many tokens a piece keeps is known before any picture."""
+    for piece in stage.pieces:
+        if piece.static_class == "D1" and not piece.is_calibrated:
+            raise Complaint(
+                f"{piece.name!r} keeps a number of tokens that depends on the picture, and no "
+                "calibration says how many",
+                hint="give it a number, or choose a piece that keeps one",
+            )
+
+
 def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
     """What pieces look at must be there."""
     if "class" in stage.needs and not spec.vision.class_token:
         raise Complaint(
             "it scores by the attention of the class token, and this encoder has none",
             hint="add instead: all, which takes what every patch gives",
+        )
+    rows = {grid: spec.patch_tokens(grid) for grid in spec.vision.grids}
+    odd = [(grid, count) for grid, count in rows.items() if count != grid[0] * grid[1]]
+    if odd and "attention" in stage.needs and stage.at != "decoder":
+        (grid, count) = odd[0]
+        raise Complaint(
+            f"it looks at attention between patches, and {count} rows leave an encoder of "
+            f"{grid[0]} x {grid[1]} patches",
+            hint="choose a piece that looks at tokens alone, or a stage in the decoder",
         )
     if "question" in stage.needs and stage.at not in ("projector", "decoder"):
         raise Complaint(
@@ -242,6 +278,7 @@ def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
 def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator[Decision]:
     """What became of every stage."""
     assert after.reduction is not None
+    yield from without_sorting(problem, context)
     if problem.positions is not None:
         yield Decision(
             asked=f"positions {problem.positions.name}",
@@ -255,8 +292,13 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
         first, last = parts[0], parts[-1]
         what = "+".join(piece.name for piece in options.pieces)
         site = f"decoder.layers.{last.layer}" if last.at == "decoder" else last.at
+        asked = f"stage {number}, {what} at {site}"
+        refused = refusal(asked, options, context)
+        if refused is not None:
+            yield refused
+            continue
         yield Decision(
-            asked=f"stage {number}, {what} at {site}",
+            asked=asked,
             outcome="applied",
             reason=f"class {max(piece.static_class for piece in options.pieces)}",
             effect=f"{first.count_in} tokens become {last.count_out}",

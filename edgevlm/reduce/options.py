@@ -108,7 +108,7 @@ class StageOptions(Options):
         if len(verbs) != 1:
             raise Complaint(
                 f"a stage has one of {', '.join(VERBS)}, got {' and '.join(verbs) or 'none'}",
-                hint="write one stage for each",
+                hint="write one stage for each" if verbs else "add select: uniform, or another",
             )
         for key, wanted in (("score", "select"), ("rest", "select")):
             if data.get(key) is not None and verbs != [wanted]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.seq import VisSeq
     from edgevlm.reduce.view import View
 
@@ -50,13 +51,16 @@ class Piece(Options):
     """One named part of a stage.
 
     `sites` are those it can stand at. `needs` are what it looks at besides the tokens: `class`
-    (a class token), `attention` (queries and keys of a layer), `question` (text rows), `grid`
-    (tokens in raster order on a whole grid).
+    (a class token), `attention` (queries and keys of a layer), `question` (text rows), `encoded`
+    (the encoder's features of the tokens), `grid` (tokens in raster order on a whole grid). `ops`
+    are those of TopK, Gather and ArgMax that it has no form without, so that a processor that lacks
+    one cannot run it; a loop (class S2) has none without any of them.
     """
 
     name: ClassVar[str]
     static_class: ClassVar[StaticClass]
     sites: ClassVar[tuple[Site, ...]] = SITES
+    ops: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str] = ""
 
     @property
@@ -88,6 +92,15 @@ class Piece(Options):
     def asks(self) -> frozenset[str]:
         """Kinds of text rows whose weights it wants, besides the last row."""
         return frozenset({getattr(self, "query", "last")} - {"last"})
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a number of tokens that depends on data (class D1) was made a constant."""
+        return False
+
+    def macs(self, extent: Extent) -> int:
+        """Multiply-adds of its products; what is no product is not counted."""
+        return 0
 
 
 class Scorer(Piece):
@@ -169,6 +182,13 @@ class Transform(Piece):
     def needs(self) -> frozenset[str]:
         """The grid."""
         return frozenset({"grid"})
+
+    def macs(self, extent: Extent) -> int:
+        """One side is mapped, then the other."""
+        assert extent.grid_in is not None
+        assert extent.grid_out is not None
+        (height, width), (rows, columns) = extent.grid_in, extent.grid_out
+        return rows * width * extent.width * (height + columns)
 
     @abstractmethod
     def grid(self, grid: tuple[int, int], count: int) -> tuple[int, int]:

@@ -27,9 +27,9 @@ class Stage:
 
     `number` is that of the stage as it was written, from 1. `layer` is the layer it stands before
     in the decoder, or in which it stands in the encoder: a merge in front of its MLP, a transform
-    behind it.
-    `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are there where
-    tokens lie on a whole grid. `place` is `keep` or `repack`.
+    behind it. `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are
+    there where tokens lie on a whole grid. `place` is `keep` or `repack`. `dense` asks for forms
+    without TopK and Gather.
     """
 
     at: Site
@@ -46,6 +46,7 @@ class Stage:
     transform: Transform | None = None
     extra: int = 0
     number: int = 1
+    dense: bool = False
 
     @property
     def pieces(self) -> tuple[Any, ...]:

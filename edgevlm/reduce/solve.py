@@ -109,6 +109,11 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
     """The stages for one grid, with the budget solved."""
     asks = [stage.keep for stage in problem.stages if isinstance(stage.keep, str)]
     if not asks:
+        if problem.budget is not None:
+            raise Complaint(
+                f"keep is {problem.budget}, and every stage says itself what it keeps",
+                hint="remove keep, or write keep: budget in a stage",
+            )
         return _stages(problem, grid, 1.0)
     if problem.budget is None:
         raise Complaint(
@@ -118,7 +123,7 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
     wanted = problem.budget if isinstance(problem.budget, int) else problem.budget * total
     if not 0 < wanted <= total:
         raise Complaint(
-            f"a budget of {problem.budget} tokens of {total}",
+            f"cannot keep {problem.budget} of {total} visual tokens",
             hint=f"choose from 1 to {total}, or a share",
         )
     if wanted == total:
@@ -210,15 +215,20 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
     options = problem.stages[number - 1]
     if keep > count:
         raise Complaint(
-            f"{keep} tokens are to leave, and {count} come", hint=f"keep at most {count}"
+            f"cannot keep {keep} of the {count} tokens that come", hint=f"keep at most {count}"
         )
     if keep < 1 and options.at != "decoder":
-        raise Complaint("no token is left", hint="keep at least one")
+        raise Complaint(
+            f"it keeps none of the {count} tokens that come",
+            hint="keep at least one; in the decoder a stage may keep none",
+        )
     for piece in options.pieces:
         if "grid" in piece.needs and grid is None:
             raise Complaint(
                 f"{piece.name!r} takes a whole grid, and the tokens lie on none",
-                hint="put it before stages that select or merge",
+                hint="put it before stages that select or merge"
+                if number > 1
+                else "put the stage at projector",
             )
     if options.at == "encoder.layers":
         return _layer_stages(problem, number, count, keep, grid)
@@ -260,6 +270,7 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
             transform=options.transform,
             extra=extra,
             number=number,
+            dense=problem.dense,
         )
     ]
 
@@ -310,6 +321,7 @@ def _layer_stages(
                 merge=options.merge,
                 transform=options.transform,
                 number=number,
+                dense=problem.dense,
             )
         )
         count, grid = left, grid_out

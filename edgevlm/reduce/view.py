@@ -142,8 +142,17 @@ def patches(view: View[Tensor], probe: Probe[Tensor], values: Tensor) -> Tensor:
     if view.squares is None:
         return values
     count, size = view.squares.shape
-    picked: Tensor = values.index_select(1, view.squares.flatten()).unflatten(1, (count, size))
-    return picked.mean(2)
+    numbers = view.squares.flatten()
+    if view.dense:
+        from edgevlm_export.ops import take_rows
+
+        rows, is_line = numbers.expand(values.shape[0], -1), values.dim() == 2
+        found = take_rows(values[..., None] if is_line else values, rows, True)
+        found = found.flatten(1) if is_line else found
+    else:
+        found = values.index_select(1, numbers)
+    squares: Tensor = found.unflatten(1, (count, size))
+    return squares.mean(2)
 
 
 def numpy_patches(

@@ -1,10 +1,12 @@
-"""Writes the two checkpoints of seeded random weights: a shape, a tokenizer and a processor each.
+"""Writes the checkpoints of seeded random weights: a shape, a tokenizer and a processor each.
 
     python recipes/models/make_shapes.py
 
 `smolvlm-500m-shape` has the sizes of SmolVLM-500M and its vocabulary of 49,280 tokens, so that
-every cost is there; `qwen2_5-vl-tiny` is small and has all that is special about Qwen2.5-VL. Their
-tokenizers are byte-level BPE, trained here on made-up words. The same files come out each time.
+every cost is there; `qwen2_5-vl-tiny` is small and has all that is special about Qwen2.5-VL.
+`llava-1.5-7b-shape` is LLaVA-1.5-7B, by which papers on visual tokens count, and
+`clip-l-362m-shape` its encoder before a decoder that a small board runs. Their tokenizers are
+byte-level BPE, trained here on made-up words. The same files come out each time.
 """
 
 from __future__ import annotations
@@ -65,11 +67,54 @@ QWEN_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+LLAVA_TOKENS = ["<s>", "</s>", "<unk>", "<image>", "<pad>"]
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: "
+    "{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+LLAMA_7B = {
+    "model_type": "llama",
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+LLAMA_362M = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+}
+
 
 def main() -> None:
-    """Write both folders."""
+    """Write all folders."""
     write_smolvlm(HERE / "smolvlm-500m-shape")
     write_qwen(HERE / "qwen2_5-vl-tiny")
+    write_llava(HERE / "llava-1.5-7b-shape", LLAMA_7B, tied=False)
+    write_llava(HERE / "clip-l-362m-shape", LLAMA_362M, tied=True)
 
 
 def write_smolvlm(folder: Path) -> None:
@@ -226,6 +271,79 @@ def write_qwen(folder: Path) -> None:
             "resample": 3,
             "rescale_factor": 1 / 255,
             "temporal_patch_size": 2,
+        },
+    )
+    write_generation(folder, eos, pad)
+
+
+def write_llava(folder: Path, decoder: dict[str, Any], *, tied: bool) -> None:
+    """CLIP ViT-L/14 at 336, whose last layer but one gives 576 tokens, an MLP, and a decoder."""
+    ids = write_tokenizer(
+        folder,
+        decoder["vocab_size"],
+        LLAVA_TOKENS,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        chat_template=LLAVA_TEMPLATE,
+        model_max_length=decoder["max_position_embeddings"],
+    )
+    eos, pad = ids["</s>"], ids["<pad>"]
+    special = {"bos_token_id": ids["<s>"], "eos_token_id": eos, "pad_token_id": pad}
+    write(
+        folder / "config.json",
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": ids["<image>"],
+            "image_seq_length": 576,
+            "multimodal_projector_bias": True,
+            "projector_hidden_act": "gelu",
+            "tie_word_embeddings": tied,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "text_config": {**decoder, **special},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_channels": 3,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5,
+            },
+        },
+    )
+    write(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "crop_size": {"height": 336, "width": 336},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": 336},
+        },
+    )
+    write(
+        folder / "processor_config.json",
+        {
+            "image_token": "<image>",
+            "num_additional_image_tokens": 1,
+            "patch_size": 14,
+            "processor_class": "LlavaProcessor",
+            "vision_feature_select_strategy": "default",
         },
     )
     write_generation(folder, eos, pad)

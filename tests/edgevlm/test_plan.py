@@ -12,10 +12,11 @@ from edgevlm.decisions import Decision, refuse
 from edgevlm.device import Device, load_device, parse_device
 from edgevlm.errors import DeviceError, RecipeError
 from edgevlm.model.spec import VlmSpec
-from edgevlm.plan import Plan, largest_picture, make_plan, recipe_device
+from edgevlm.plan import Plan, make_plan, recipe_device
 from edgevlm.recipe import parse_recipe
 from edgevlm.resources import device_files
 from edgevlm.sizes import parameters
+from edgevlm.tokens import largest_picture
 from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
 from tests.edgevlm.tiny import drawn, native_spec, tiny_spec
 

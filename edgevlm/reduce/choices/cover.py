@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -36,8 +37,13 @@ class Cover(Choice):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The question, before the picture is encoded."""
-        return frozenset({"question"})
+        """The question before the picture is encoded, and what the encoder makes of it."""
+        return frozenset({"question", "encoded"})
+
+    def macs(self, extent: Extent) -> int:
+        """Words by tokens in the decoder's space, tokens by tokens in the encoder's."""
+        words = extent.question * extent.width
+        return extent.tokens * (words + extent.tokens * extent.encoded)
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """Gains [B, N, Q + N], one row per token that may be kept."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 NARROW = 1e-6
@@ -40,6 +41,12 @@ class Dpp(Choice):
     def needs(self) -> frozenset[str]:
         """The question, before the picture is encoded."""
         return frozenset({"question"})
+
+    def macs(self, extent: Extent) -> int:
+        """The kernel, likeness to the question, and what every step has explained so far."""
+        rows, steps = extent.tokens, extent.kept - extent.extra
+        likeness = (rows + extent.question) * extent.width
+        return rows * rows * extent.width + likeness + rows * (steps - 1) * (steps - 2) // 2
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """The kernel once, of which every step reads a row."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -38,6 +39,11 @@ class Facility(Choice):
     def needs(self) -> frozenset[str]:
         """The question, before the picture is encoded."""
         return frozenset({"question"})
+
+    def macs(self, extent: Extent) -> int:
+        """Every token by every token, and likeness to the question."""
+        rows = extent.tokens
+        return (rows * rows + rows + extent.question) * extent.width
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """Gains [B, N, N] of serving, and a bonus [B, N] for the question."""

@@ -20,6 +20,7 @@ from edgevlm.reduce.view import numpy_of_visual, numpy_unit, of_visual, unit
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 LAST = 1e30
@@ -60,6 +61,13 @@ class Pivots(Choice):
     def looks_normed(self) -> bool:
         """At what is alike."""
         return True
+
+    def macs(self, extent: Extent) -> int:
+        """Every pivot that takes tokens, by all of them."""
+        count = extent.kept - extent.extra
+        visual = min(self.visual, count)
+        asking = sum(share > 0 for share in _shares(count - visual, visual + self.text))
+        return extent.groups * asking * extent.tokens * extent.width
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """A fixed number of steps, each over all pictures."""

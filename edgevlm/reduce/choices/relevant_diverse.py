@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 LAST = 1e9
@@ -33,6 +34,17 @@ class RelevantDiverse(Choice):
 
     key: int = Field(8, ge=1, description="Tokens of the best scores that are kept first.")
     alpha: float = Field(0.5, ge=0, le=1, description="Of the others, the share by score.")
+
+    def macs(self, extent: Extent) -> int:
+        """Every token by the key ones, where any are chosen by difference."""
+        rows, count = extent.tokens, extent.kept - extent.extra
+        num_key, num_relevant = self._counts(count)
+        total = extent.chosen_macs(rows, num_relevant)
+        if num_relevant < count:
+            total += rows * num_key * extent.width + extent.taken_macs(num_key, rows, extent.width)
+            for number in (num_key, count - num_relevant, count):
+                total += extent.chosen_macs(rows, number)
+        return extent.groups * total
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """By score first: key tokens are the best of them, so both are one TopK."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -20,6 +21,10 @@ class Spread(Choice):
 
     name: ClassVar[str] = "spread"
     static_class: ClassVar[StaticClass] = "S2"
+
+    def macs(self, extent: Extent) -> int:
+        """Every token by every token."""
+        return extent.groups * extent.tokens**2 * extent.width
 
     def torch(self, view: View[Tensor], scores: Tensor | None, count: int) -> Tensor:
         """All distances once, then a vector of nearest distances."""

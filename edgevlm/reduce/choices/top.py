@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 FIRST = 1e9
@@ -56,6 +57,10 @@ class Top(Choice):
     def needs(self) -> frozenset[str]:
         """A grid, for a lattice."""
         return frozenset() if self.lattice is None else frozenset({"grid"})
+
+    def macs(self, extent: Extent) -> int:
+        """None, unless it works without sorting."""
+        return extent.groups * extent.chosen_macs(extent.tokens, extent.kept - extent.extra)
 
     def check(self, grid: tuple[int, int], count: int) -> None:
         """Raise Complaint where the lattice alone is more than is kept."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -53,6 +54,7 @@ class Bipartite(Merge):
     name: ClassVar[str] = "bipartite"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder.layers", "encoder", "projector")
+    ops: ClassVar[tuple[str, ...]] = ("ArgMax",)
 
     metric: Literal["keys", "features"] = Field(
         "keys", description="What is alike: keys of the layer, or the tokens themselves."
@@ -68,6 +70,22 @@ class Bipartite(Merge):
     def layers(self) -> frozenset[int]:
         """Behind the encoder, its last layer has the keys."""
         return frozenset({-1} if self.metric == "keys" else ())
+
+    def macs(self, extent: Extent) -> int:
+        """In every round one half by the other, and the sums of pairs with their sizes."""
+        by_keys = self.metric == "keys"
+        compared, carried = extent.width, extent.width + 1
+        if by_keys:
+            compared = extent.layers["own"].attention.head_dim
+            carried += compared
+        total, here = 0, extent.tokens
+        for left in even_steps(extent.tokens, extent.kept, self.rounds):
+            even, odd = (here + 1) // 2, here // 2
+            staying = even - (here - left)
+            total += even * odd * (compared + carried) + extent.chosen_macs(even, staying)
+            total += extent.taken_macs(staying, even, carried)
+            here = left
+        return total
 
     def check(self, num_tokens: int, count: int) -> None:
         """Every token that goes has a partner of its own half's other."""
@@ -152,7 +170,7 @@ def _merged(
     merged = VisSeq(
         features=means[..., :width],
         places=torch.cat(places, 1),
-        sizes=sums[..., -1],
+        sizes=sums[..., -1:].flatten(1),
         provenance=way,
     )
     return merged, None if keys is None else means[..., width:]

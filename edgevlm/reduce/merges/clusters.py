@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -36,10 +37,23 @@ class Clusters(Merge):
     name: ClassVar[str] = "clusters"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder", "projector")
+    ops: ClassVar[tuple[str, ...]] = ("ArgMax",)
 
     neighbours: int = Field(
         5, ge=1, description="How many tokens, with itself, tell how dense it is around one."
     )
+
+    def macs(self, extent: Extent) -> int:
+        """Every token by every token, and the sums of the clusters with their sizes."""
+        rows, count = extent.tokens, extent.kept
+        number = min(self.neighbours, rows)
+        return (
+            rows * rows * extent.width
+            + count * rows * (extent.width + 1)
+            + rows * extent.chosen_macs(rows, number)
+            + extent.chosen_macs(rows, count)
+            + extent.taken_macs(count, rows, rows)
+        )
 
     def torch(self, view: View[Tensor], count: int) -> VisSeq[Tensor]:
         """All distances once; who belongs where is a matrix of zeros and ones."""
@@ -76,7 +90,7 @@ class Clusters(Merge):
         return VisSeq(
             features=sums[..., :-1] / sums[..., -1:],
             places=picked(tokens.places, centres, dense=view.dense),
-            sizes=sums[..., -1],
+            sizes=sums[..., -1:].flatten(1),
             provenance=None if tokens.provenance is None else way_of_members(members > 0),
         )
 

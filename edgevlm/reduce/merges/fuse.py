@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 NEVER = 1e9
@@ -52,6 +53,7 @@ class Fuse(Merge):
     name: ClassVar[str] = "fuse"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder.layers",)
+    ops: ClassVar[tuple[str, ...]] = ("ArgMax",)
 
     likeness: float = Field(1.0, gt=0, description="Temperature of the cosine of two tokens.")
     attention: float = Field(
@@ -67,6 +69,18 @@ class Fuse(Merge):
     def needs(self) -> frozenset[str]:
         """Attention of the layer."""
         return frozenset({"attention"})
+
+    def macs(self, extent: Extent) -> int:
+        """One half by the other, the sums of both ways, and the rows that ask."""
+        even, odd, width = (extent.tokens + 1) // 2, extent.tokens // 2, extent.width + 2
+        to_odd, to_even = self._numbers(extent.tokens - extent.kept)
+        layer = extent.layers["own"]
+        total = even * odd * (extent.width + 2 * width)
+        total += layer.probe_macs(-(-layer.rows // self.every))
+        for rows, gone in ((even, to_odd), (odd, to_even)):
+            total += extent.chosen_macs(rows, rows - gone)
+            total += extent.taken_macs(rows - gone, rows, width)
+        return total
 
     def check(self, num_tokens: int, count: int) -> None:
         """Every token that goes has a partner."""
@@ -126,7 +140,7 @@ class Fuse(Merge):
         return VisSeq(
             features=sums[..., :-2] / sums[..., -2:-1],
             places=torch.cat(places, 1),
-            sizes=sums[..., -1],
+            sizes=sums[..., -1:].flatten(1),
             provenance=way,
         )
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -42,6 +43,7 @@ class Anchors(Rest):
     name: ClassVar[str] = "anchors"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder", "projector")
+    ops: ClassVar[tuple[str, ...]] = ("ArgMax",)
 
     share: float = Field(0.156, gt=0, lt=1, description="Of the tokens that leave the stage.")
     pool: int | None = Field(
@@ -65,6 +67,17 @@ class Anchors(Rest):
         """The layer."""
         return frozenset({self.layer})
 
+    def macs(self, extent: Extent) -> int:
+        """Keys of the rest by those of the anchors, and the means of what came to each."""
+        rows, width, anchors = extent.tokens, extent.width, extent.extra
+        size = extent.layers[self.layer].attention.head_dim
+        rest = self._size(anchors, rows - extent.kept + anchors)
+        total = rest * anchors * (size + width) + extent.chosen_macs(rows, rest)
+        if self.pool is not None:
+            total += extent.chosen_macs(rest, anchors) + extent.taken_macs(rest + anchors, rows, 1)
+        total += extent.taken_macs(rest + anchors, rows, size)
+        return total + extent.taken_macs(rest + extent.kept, rows, width)
+
     def extra(self, keep: int, num_tokens: int) -> int:
         """The number of anchors."""
         return min(max(1, round(self.share * keep)), keep - 1)
@@ -81,10 +94,12 @@ class Anchors(Rest):
         size = self._size(extra, num_tokens - kept.shape[1])
         rest, _ = top_rows(scores - LAST * is_kept, size, view.dense)
         places = torch.tensor([place * max(1, size // extra) for place in range(extra)])
-        if self.pool is None:
+        if self.pool is None and view.dense:
+            anchors = picked(rest, places.expand(rest.shape[0], -1), dense=True)
+        elif self.pool is None:
             anchors = rest.index_select(1, places)
         else:
-            by_score = take_rows(scores[..., None], rest, view.dense)[..., 0]
+            by_score = take_rows(scores[..., None], rest, view.dense).flatten(1)
             is_anchor = (ranked(by_score)[:, :, None] == places).to(scores.dtype).sum(-1)
             chosen, _ = top_rows(is_anchor, extra, view.dense)
             anchors = picked(rest, chosen, dense=view.dense)
@@ -107,7 +122,7 @@ class Anchors(Rest):
         return VisSeq(
             features=torch.cat([take_rows(tokens.features, kept, view.dense), context], 1),
             places=lead,
-            sizes=torch.cat([kept.to(scores.dtype) * 0.0 + 1.0, 1.0 + came[..., 0]], 1),
+            sizes=torch.cat([kept.to(scores.dtype) * 0.0 + 1.0, 1.0 + came.flatten(1)], 1),
             provenance=way_of_merged(lead, weights, rest, num_tokens) if is_traced else None,
         )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 SELF = 4.0
@@ -33,6 +34,7 @@ class Neighbours(Rest):
     name: ClassVar[str] = "neighbours"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder", "projector")
+    ops: ClassVar[tuple[str, ...]] = ("ArgMax",)
     scorers: ClassVar[tuple[str, ...]] = ("encoder_attention",)
 
     count: int = Field(32, ge=1, description="How many tokens each kept one takes in, at most.")
@@ -47,6 +49,14 @@ class Neighbours(Rest):
     def layers(self) -> frozenset[int]:
         """The layer."""
         return frozenset({self.layer})
+
+    def macs(self, extent: Extent) -> int:
+        """Keys of the kept tokens by all keys, and the sums of what comes to each."""
+        rows, kept, width = extent.tokens, extent.kept - extent.extra, extent.width
+        keys = extent.layers[self.layer].attention.kv_width
+        total = kept * rows * keys + extent.kept * rows * width
+        total += kept * extent.chosen_macs(rows, min(self.count, rows - 1))
+        return total + extent.taken_macs(kept, rows, keys + width)
 
     def extra(self, keep: int, num_tokens: int) -> int:
         """One, where that is not all that is kept."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 LAST = 1e9
@@ -37,6 +38,11 @@ class Recycle(Rest):
     share: float = Field(0.3, gt=0, le=1, description="Of the pruned tokens, how many take part.")
     per_cluster: int = Field(10, ge=2, description="Tokens that take part, for each one made.")
     neighbours: int = Field(5, ge=2, description="How many of the nearest say how dense it is.")
+
+    def macs(self, extent: Extent) -> int:
+        """Of what takes part every token by every token, and the sums of the clusters."""
+        rows = self._size(extent.tokens - extent.kept + extent.extra)
+        return extent.groups * rows * extent.width * (rows + extent.extra)
 
     def extra(self, keep: int, num_tokens: int) -> int:
         """The clusters: fewer tokens kept are more pruned, so their number is found in steps."""

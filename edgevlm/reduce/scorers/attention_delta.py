@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -51,6 +52,12 @@ class AttentionDelta(Scorer):
     def looks_here(self) -> bool:
         """At A_K."""
         return True
+
+    def macs(self, extent: Extent) -> int:
+        """A probe row in either layer, and likeness to the mean of the question."""
+        own, before = extent.layers["own"], extent.layers["previous"]
+        likeness = (extent.groups * extent.tokens + own.rows) * extent.width
+        return own.probe_macs(1) + before.probe_macs(1) + likeness
 
     def torch(self, view: View[Tensor]) -> Tensor:
         """Two probes of one row, and one product."""

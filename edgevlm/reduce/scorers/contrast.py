@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 LEAST = 1e-8
@@ -56,6 +57,11 @@ class Contrast(Scorer):
     def looks_here(self) -> bool:
         """Where the layer is the own one."""
         return self.layer == "own"
+
+    def macs(self, extent: Extent) -> int:
+        """One probe row, and all of them."""
+        layer = extent.layers[self.layer]
+        return layer.probe_macs(1) + layer.probe_macs(layer.rows)
 
     def torch(self, view: View[Tensor]) -> Tensor:
         """Two probes of one layer."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.seq import Probe
     from edgevlm.reduce.view import View
 
@@ -48,6 +49,12 @@ class EncoderAttention(Scorer):
     def layers(self) -> frozenset[int]:
         """The layer."""
         return frozenset({self.layer})
+
+    def macs(self, extent: Extent) -> int:
+        """One probe row, or all."""
+        layer = extent.layers[self.layer]
+        asking = 1 if self.by == "class" and extent.class_row else layer.rows
+        return layer.probe_macs(asking, num_heads=None if self.heads == "each" else 1)
 
     def torch(self, view: View[Tensor]) -> Tensor:
         """Probe rows are one, or all."""

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from edgevlm.document import Complaint, show
-from edgevlm.reduce.attending import numpy_text_scores, text_scores
+from edgevlm.reduce.attending import head_count, numpy_text_scores, text_scores
 from edgevlm.reduce.piece import Scorer, Site, StaticClass, register
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 
@@ -83,6 +84,18 @@ class TextAttention(Scorer):
     def looks_here(self) -> bool:
         """Where the layer is the own one."""
         return self.layer == "own"
+
+    def macs(self, extent: Extent) -> int:
+        """Probe rows, and those of ones where rotation is taken out."""
+        layer = extent.layers[self.layer]
+        asking = 1 if self.query == "last" else layer.rows
+        total = layer.probe_macs(asking)
+        if self.rope == "corrected":
+            total += asking * layer.rows * (layer.attention.head_dim + 1)
+        if self.top_heads is not None:
+            heads = layer.attention.num_heads
+            total += extent.chosen_macs(heads, head_count(self.top_heads, heads))
+        return total
 
     def torch(self, view: View[Tensor]) -> Tensor:
         """Probe rows are the last one, or every row by its weight."""

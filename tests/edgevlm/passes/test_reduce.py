@@ -104,7 +104,8 @@ def test_once_is_enough() -> None:
     with pytest.raises(PassError) as error:
         reduction(method="uniform", keep=0.5).foresee(spec, context())
     assert str(error.value) == (
-        "reduce: visual tokens are taken away already\n  hint: make one of the two"
+        "reduce: visual tokens are taken away already\n"
+        "  hint: write the stages of both into one reduce"
     )
 
 
