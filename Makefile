@@ -34,7 +34,7 @@ $(READY):
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@echo "set-up, once: installing edgevlm and what it needs"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    -c constraints.txt -e ./runtime -e ".[compile,test]"
+	    -c constraints.txt -e ./runtime -e ".[compile,test,bench]"
 	@rm -f $(VENV)/.ready-*
 	@touch $@
 

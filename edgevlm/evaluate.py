@@ -11,6 +11,7 @@ from edgevlm.cache import StageCache, code_version, digest
 from edgevlm.checkpoint import open_checkpoint
 from edgevlm.evidence.exam import Exam, prepare_exam
 from edgevlm.families.image_spec import ImageChoices
+from edgevlm.model.spec import VlmSpec
 from edgevlm.progress import Progress
 from edgevlm.samples import Sample, score_answers
 from edgevlm_runtime.bundle import Bundle
@@ -60,8 +61,8 @@ def evaluate(
     accuracy = score_answers(samples, texts)
     if referee is None:
         return EvalReport(accuracy=accuracy, answers=tuple(texts))
-    exam = _exam(bundle, samples, longest)
     checkpoint = open_checkpoint(str(referee))
+    exam = _exam(bundle, checkpoint.spec(_choices(bundle.manifest.image)), samples, longest)
     key = digest(code_version(), checkpoint.content_key(), exam.digest)
 
     def ask_referee() -> dict[str, Any]:
@@ -104,12 +105,13 @@ def _completions(
     return completions
 
 
-def _exam(bundle: Bundle, samples: Sequence[Sample], max_new_tokens: int) -> Exam:
+def _exam(bundle: Bundle, spec: VlmSpec, samples: Sequence[Sample], max_new_tokens: int) -> Exam:
+    """The samples as the referee is asked, whose pictures have all their tokens."""
     manifest = bundle.manifest
     return prepare_exam(
         samples,
-        manifest.image,
-        manifest.text,
+        spec.image,
+        spec.text,
         load_tokenizer(bytes(bundle.file("tokenizer.json"))),
         end_tokens=frozenset(manifest.generation.eos_token_ids),
         max_new_tokens=max_new_tokens,

@@ -18,6 +18,7 @@ from edgevlm.model.plans import (
     PICTURE,
     delta_plan,
     inplace_plan,
+    reads_prompts,
     step_name,
     step_states,
     vision_plan,
@@ -354,7 +355,7 @@ def _memory(
 
 def _is_prompt(step: PlannedGraph) -> bool:
     """Whether a step graph serves prompts alone."""
-    return step.phases in (("prefill",), (PICTURE,))
+    return reads_prompts(step.phases)
 
 
 def _other_bytes(spec: VlmSpec, part: str) -> int:

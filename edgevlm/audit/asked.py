@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgevlm.audit.precision import Precision
+from edgevlm.model.plans import reads_prompts
 from edgevlm.model.spec import KvQuant, VlmSpec
 from edgevlm.quant.spec import DTYPE_BITS, Scheme
 from edgevlm_export.ops.quant_product import CHANNEL_BLOCK
@@ -22,7 +23,7 @@ def asked_of(spec: VlmSpec, graph: GraphSpec, *, emulated: bool) -> dict[str, Pr
     if graph.role == "vision":
         own = {site: scheme for site, scheme in spec.schemes.items() if site.startswith(_VISION)}
         return {site: precision_of(scheme, emulated=emulated) for site, scheme in own.items()}
-    root = "prefill." if spec.has_prefill and graph.phases == ("prefill",) else "decoder."
+    root = "prefill." if spec.has_prefill and reads_prompts(graph.phases) else "decoder."
     asked = {
         site.replace(root, "decoder.", 1): precision_of(scheme, emulated=emulated)
         for site, scheme in spec.schemes.items()

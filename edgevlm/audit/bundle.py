@@ -31,13 +31,13 @@ def audit_of(spec: VlmSpec, variant: Variant, graph: GraphSpec, folder: Path) ->
         table = spec.table
         asked = {} if table is None else {graph.name: precision_of(table, emulated=False)}
         return audit_table(folder, graph, asked)
-    (group,) = variant.state
-    renewed = {tensor.output: tensor.name for tensor in group.tensors}
-    is_inplace = group.tensors[0].kind == "kv_inplace"
+    tensors = [tensor for group in variant.state for tensor in group.tensors]
+    renewed = {tensor.output: tensor.name for tensor in tensors}
+    is_inplace = tensors[0].kind == "kv_inplace"
     return audit_graph(
         folder / graph.file,
         graph,
-        example_feeds(graph, group.capacity),
+        example_feeds(graph, variant.state[0].capacity, spec.segments[0].tokens),
         asked_of(spec, graph, emulated=bool(TARGETS[variant.target].form.rows)),
         in_place=written_in_place(graph, renewed) if is_inplace else None,
     )

@@ -18,6 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from edgevlm.model.stages import Seen
+from edgevlm.reduce.seq import VisSeq
+
 PROBES = 16
 """Sites compared in one run of both sides: few enough to hold, enough to need three runs."""
 
@@ -78,6 +81,10 @@ def site_outputs(
 
     def note(site: str, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Seen):
+            first = first.tokens
+        if isinstance(first, VisSeq):
+            first = first.features
         seen.setdefault(site, []).append(first.detach().float().flatten().numpy().copy())
 
     _hooked(model, sites, note, run)

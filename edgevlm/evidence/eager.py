@@ -85,14 +85,12 @@ def _pictures(
         grid = image.layout.grid or model.spec.vision.grids[0]
         tables = grid_tables(model.spec.vision, grid)
         for feed in image.feeds:
-            seen = model.vision.see(pixels_of(feed), tables, grid)
+            seen = model.vision(pixels_of(feed), tables, grid)
             chained.append((model.project(seen, grid, asking), grid))
-            if reduces:
-                continue
             features = seen.tokens.features
             vision.append(features.flatten(0, -2).numpy())
             given = seen
-            if parent.vision:
+            if parent.vision and not reduces:
                 theirs = torch.from_numpy(parent.vision[len(vision) - 1]).reshape(features.shape)
                 given = Seen(tokens=replaced(seen.tokens, theirs), probes=seen.probes)
             projector.append(model.project(given, grid, asking).features.flatten(0, -2).numpy())

@@ -143,7 +143,7 @@ def graph_evidence(
         graphs,
         root,
         complete=False,
-        lost=last.figures if last.kind == "quantized" else None,
+        lost=_lost(last) if last.kind == "quantized" else None,
     )
     demand(rung, lambda: _locate(subject, variant, folder))
     answers = climb.witnesses(
@@ -158,6 +158,20 @@ def graph_evidence(
     )
     demand(top, lambda: _locate(subject, variant, folder))
     return rung, top
+
+
+def _lost(rung: Rung) -> dict[str, float]:
+    """What rounding lost, by figure; a graph's visual tokens are those of its own features.
+
+    A token that is chosen for its rounded score may be another one in every run: then the features
+    that were chosen part, and so do the visual tokens that are made of them.
+    """
+    found = dict(rung.figures)
+    for name in ("cosine", "max_error"):
+        parts = [found[key] for key in (f"vision.{name}", f"projector.{name}") if key in found]
+        if parts:
+            found[f"projector.{name}"] = min(parts) if name == "cosine" else max(parts)
+    return found
 
 
 def _nowhere() -> None:

@@ -82,10 +82,13 @@ def compare(
 
     Ties are counted and shown, and no gate fails on them.
     """
-    vision = _tensors(reference, ours, "vision", "vision")
-    # A graph of both components feeds its projector itself.
-    is_graph = kind == "graph" and any(witness.chained for witness in reference)
-    projector = _tensors(reference, ours, "chained" if is_graph else "projector", "projector")
+    vision = projector = None
+    # Of fewer visual tokens there is nothing to compare with those of the parent.
+    if kind != "reduced":
+        vision = _tensors(reference, ours, "vision", "vision")
+        # A graph of both components feeds its projector itself.
+        is_graph = kind == "graph" and any(witness.chained for witness in reference)
+        projector = _tensors(reference, ours, "chained" if is_graph else "projector", "projector")
     decoder = None
     if all(len(witness.logits) for witness in ours):
         decoder = logits_agreement([w.logits for w in reference], [w.logits for w in ours])

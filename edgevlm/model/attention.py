@@ -93,9 +93,13 @@ class Angles:
         self.cos, self.sin = cos, sin
         self.is_own, self.is_padded = is_own, is_padded
 
-    def follow(self, tables: tuple[Tensor, Tensor], rows: Tensor) -> None:
-        """Become those of some rows of other tables."""
-        if not self.is_own:
+    def follow(self, tables: tuple[Tensor, Tensor], rows: Tensor | None = None) -> None:
+        """Become those of some rows of other tables, or other tables."""
+        if self.is_own:
+            return
+        if rows is None:
+            self.cos, self.sin = tables
+        else:
             cos, sin = (table.index_select(0, rows) for table in tables)
             if self.is_padded:
                 cos, sin = torch.cat([cos, tables[0]]), torch.cat([sin, tables[1]])

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.model.attention import Angles, AttentionCore, DeltaCache, InplaceCache
-from edgevlm.model.plans import PICTURE, delta_plan, inplace_plan, step_name, vision_plan
+from edgevlm.model.decoder import Decoder
+from edgevlm.model.plans import (
+    PICTURE,
+    delta_plan,
+    inplace_plan,
+    reads_prompts,
+    step_name,
+    vision_plan,
+)
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.stages import Asking, Pictures, project, token_offsets
 from edgevlm.model.vision import GridTables, grid_tables
-from edgevlm.model.vlm import Decoder, Vlm
+from edgevlm.model.vlm import Vlm
 from edgevlm.reduce.plan import MAIN, Segment
 from edgevlm_export.ops import CLOSED, causal_mask
 from edgevlm_export.plan import GraphPlan
@@ -64,7 +72,7 @@ class VisionGraph(nn.Module):
         if question:
             weights = dict(zip(self.kinds, question[1:], strict=True))
             asking = Asking(rows=question[0], weights=weights)
-        seen = self.vision.see(pixels, tables, self.grid)
+        seen = self.vision(pixels, tables, self.grid)
         tokens = project(self.spec, self.projector, self.reduce, seen, self.grid, asking)
         if not self.spec.moves_positions(self.grid):
             return tokens.features
@@ -173,7 +181,8 @@ def inplace_step(model: Vlm, capacity: int, phases: Collection[str] = ()) -> Mod
     """
     is_picture = set(phases) == {PICTURE}
     plan = inplace_plan(model.spec, capacity, step_name(phases), pictures=is_picture)
-    module = InplaceStep(model, _decoder_of(model, phases), plan, prompt=_is_prompt(phases)).eval()
+    decoder, prompt = _decoder_of(model, phases), reads_prompts(phases)
+    module = InplaceStep(model, decoder, plan, prompt=prompt).eval()
     num_rows = model.spec.segments[0].tokens + 5 if is_picture else 5
     used = 0 if is_picture else 2
     examples = _step_examples(model, plan, num_rows, used, capacity)
@@ -198,12 +207,8 @@ def delta_step(
     return ModelGraph(module=module, plan=plan, examples=examples)
 
 
-def _is_prompt(phases: Collection[str]) -> bool:
-    return bool(phases) and set(phases) <= {"prefill", PICTURE}
-
-
 def _decoder_of(model: Vlm, phases: Collection[str]) -> Decoder:
-    alone = model.prefill is not None and _is_prompt(phases)
+    alone = model.prefill is not None and reads_prompts(phases)
     return model.prefill if alone and model.prefill is not None else model.decoder
 
 

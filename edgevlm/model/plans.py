@@ -133,6 +133,11 @@ def asked_kinds(stages: Iterable[Stage]) -> list[str]:
     return sorted("question" if kind == "raters" else kind for kind in kinds)
 
 
+def reads_prompts(phases: Collection[str]) -> bool:
+    """Whether a step graph that serves these phases reads prompts alone."""
+    return bool(phases) and set(phases) <= {"prefill", PICTURE}
+
+
 def step_name(phases: Collection[str]) -> str:
     """The name of a dynamic step graph that serves these phases."""
     alone = set(phases)

@@ -236,11 +236,25 @@ class Pictures:
         likeness = rows[0].index_select(0, places) @ rows[0].mT
         likeness = torch.where(asked > 0, likeness, NEVER)
         looks = likeness.softmax(-1).mean(0, keepdim=True) * asked.sum()
-        return replace(self, weights={**self.weights, "raters": (looks > 1.0).to(rows.dtype)})
+        # Where all get an even share, none gets more: the word that gets most asks in any case.
+        asks = (looks > 1.0) | (looks == looks.amax(-1, keepdim=True))
+        return replace(self, weights={**self.weights, "raters": asks.to(rows.dtype)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Left:
+    """What a stage between two layers leaves of the rows of a call.
+
+    `rows` [T'] are those that go on. Where the stage makes tokens of others, `tokens` [P, k, W]
+    take the place of the visual rows among them.
+    """
+
+    rows: Tensor
+    tokens: Tensor | None = None
 
 
 class CutModule(nn.Module):
-    """A stage between two layers of the decoder: which rows of a call go on."""
+    """A stage between two layers of the decoder, where fewer tokens leave than come."""
 
     def __init__(self, stage: Stage) -> None:
         """Hold the stage, which is the same for every grid."""
@@ -257,12 +271,37 @@ class CutModule(nn.Module):
         """Whether it looks at what the layer behind it would attend with."""
         return any(piece.looks_here for piece in self.stage.pieces)
 
-    def forward(self, view: View[Tensor]) -> Tensor:
-        """Rows [T'] of the call that go on."""
+    @property
+    def looks_normed(self) -> bool:
+        """Whether it looks at rows as the decoder's last norm makes them."""
+        return any(piece.looks_normed for piece in self.stage.pieces)
+
+    def forward(self, view: View[Tensor]) -> Left:
+        """The rows of the call that go on, and the tokens it makes where it does."""
         stage, call = self.stage, view.call
         assert call is not None
-        _, kept = chosen_rows(stage, view)
-        return kept_rows(kept, call.starts, call.rows, stage.count_in)
+        first, tokens = call.starts[:, None], None
+        if not stage.count_out:
+            kept = first[:, :0]
+        elif stage.makes_tokens:
+            tokens = apply_stage(stage, view).features
+            # As many rows as there are tokens, whichever: none of them stays what it was.
+            kept = first * 0 + torch.arange(stage.count_out)
+        else:
+            _, kept = chosen_rows(stage, view)
+        return Left(rows=kept_rows(kept, call.starts, call.rows, stage.count_in), tokens=tokens)
+
+
+def with_tokens(x: Tensor, starts: Tensor, tokens: Tensor) -> Tensor:
+    """Rows x [1, T, W] with tokens [P, k, W] in place of the k rows from each of `starts` [P]."""
+    num_pictures, count, _ = tokens.shape
+    numbers = torch.arange(x.shape[1])
+    places = numbers[:, None] - starts
+    is_visual = (places >= 0) & (places < count)
+    # All tokens lie before all rows, those of picture p from p * k on.
+    of_tokens = ((places + torch.arange(num_pictures) * count) * is_visual).sum(-1)
+    rows = torch.where(is_visual.sum(-1) > 0, of_tokens, numbers + num_pictures * count)
+    return torch.cat([tokens.flatten(0, 1), x[0]]).index_select(0, rows)[None]
 
 
 def cut_modules(spec: VlmSpec) -> nn.ModuleList:

@@ -159,14 +159,13 @@ class Vision(nn.Module):
         self.reduce = nn.ModuleList()
         self.watched = frozenset[int]()
 
-    def forward(self, pixels: Tensor, tables: GridTables | None = None) -> Tensor:
-        """Map pixels [N, ...] to features [N, rows, out_width]; with `tables`, N is 1."""
-        return self.see(pixels, tables).tokens.features
-
-    def see(
+    def forward(
         self, pixels: Tensor, tables: GridTables | None = None, grid: Grid | None = None
     ) -> Seen:
-        """The features of pictures of a grid, and the probes that stages ask for."""
+        """Map pixels [N, ...] of a grid to features [N, rows, out_width]; with `tables`, N is 1.
+
+        With the features come the probes that stages ask for.
+        """
         grid = self.spec.grids[0] if grid is None else grid
         rows = self.entered(pixels, tables, grid)
         for index in range(len(self.layers)):

@@ -4,168 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from edgevlm.model.attention import (
-    Angles,
-    DeltaCache,
-    FullCache,
-    TurnedSource,
-    Watched,
-    unpacked,
-)
+from edgevlm.model.attention import Angles, DeltaCache, FullCache
+from edgevlm.model.decoder import Decoder
 from edgevlm.model.layers import GatedMlp, Layer
-from edgevlm.model.norms import build_norm
 from edgevlm.model.projector import build_projector
 from edgevlm.model.quantized import QuantEmbedding, QuantLinear
 from edgevlm.model.rope import rope_tables
-from edgevlm.model.spec import AttentionSpec, DecoderSpec, VlmSpec
+from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.model.stages import (
     Asking,
     CutModule,
     Pictures,
     Seen,
     cut_modules,
-    probe_of,
     project,
     stage_modules,
-    visual_tokens,
     watched_layers,
 )
 from edgevlm.model.vision import Vision, grid_tables
-from edgevlm.reduce.seq import Probe, VisSeq
-from edgevlm.reduce.view import View
-from edgevlm_export.ops import causal_mask, logits
+from edgevlm.reduce.seq import VisSeq
+from edgevlm_export.ops import causal_mask
 
 Observe = Callable[[Tensor, Tensor], None]
 """Is shown what a cache would hold."""
-
-
-class Head(nn.Linear):
-    """Rows to logits; in a graph the weight keeps its layout, which a tied table shares."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., W] to [..., V]."""
-        return logits(x, self.weight)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """The rows of a decoder call between two layers.
-
-    `x` [1, T, W]. `wanted` are those that logits are wanted for, None for all. `pictures` says
-    where visual tokens stand, None where none may be taken away. `before` is what the layer before
-    attended with, where a stage looks back at it.
-    """
-
-    x: Tensor
-    wanted: Tensor | None
-    pictures: Pictures | None = None
-    before: Probe[Tensor] | None = None
-
-
-class Decoder(nn.Module):
-    """Layers, norm and head, and the stages between layers that take visual tokens away."""
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        """Build the layers as their specs say."""
-        super().__init__()
-        self.spec = spec
-        self.layers = nn.ModuleList(Layer(spec.width, layer) for layer in spec.layers)
-        self.norm = build_norm(spec.width, spec.norm)
-        self.head: nn.Module = Head(spec.width, spec.vocab_size, bias=False)
-        self.cuts = nn.ModuleList()
-
-    def forward(
-        self,
-        x: Tensor,
-        keys: Sequence[TurnedSource],
-        logit_rows: Tensor | None = None,
-        pictures: Pictures | None = None,
-    ) -> Tensor:
-        """Map rows [1, T, W] to logits [1, T, V], or [1, R, V] of the rows wanted.
-
-        `keys` has one source per layer. With `pictures` the rows are a whole prompt, perhaps with
-        an answer, of which stages take visual tokens away; without, all rows pass all layers.
-        """
-        rows = self.entered(x, logit_rows, pictures)
-        for index in range(len(self.layers)):
-            rows = self.step(index, rows, keys)
-        x = rows.x
-        if rows.wanted is not None:
-            x = x.index_select(1, rows.wanted)
-        out: Tensor = self.head(self.norm(x))
-        return out
-
-    def entered(self, x: Tensor, logit_rows: Tensor | None, pictures: Pictures | None) -> Rows:
-        """Rows as they come to the first layer."""
-        cuts = [cut.stage for cut in self.cuts if isinstance(cut, CutModule)]
-        if not cuts:
-            pictures = None
-        if pictures is not None and any("raters" in cut.queries for cut in cuts):
-            pictures = pictures.with_raters(x, cuts[0].count_in)
-        return Rows(x=x, wanted=logit_rows, pictures=pictures)
-
-    def step(self, index: int, rows: Rows, keys: Sequence[TurnedSource]) -> Rows:
-        """Pass one layer, and the stage before it where there is one."""
-        layer, source = self.layers[index], keys[index]
-        assert isinstance(layer, Layer)
-        if rows.pictures is None:
-            return replace(rows, x=layer(rows.x, source))
-        cut, following = self._cut_before(index), self._cut_before(index + 1)
-        if cut is not None:
-            rows = self._narrowed(cut, index, rows, keys)
-        if following is None or not following.looks_back:
-            return replace(rows, x=layer(rows.x, source))
-        watched = Watched(source)
-        x = layer(rows.x, watched)
-        assert watched.q is not None
-        assert watched.k is not None
-        tables = source.angles.cos, source.angles.sin
-        before = probe_of(layer.spec.attention, watched.q, watched.k, angles=tables)
-        return replace(rows, x=x, before=before)
-
-    def _cut_before(self, index: int) -> CutModule | None:
-        """The stage before a layer, if one stands there."""
-        for module in self.cuts:
-            assert isinstance(module, CutModule)
-            if module.stage.layer == index:
-                return module
-        return None
-
-    def _narrowed(
-        self, cut: CutModule, index: int, rows: Rows, keys: Sequence[TurnedSource]
-    ) -> Rows:
-        """The rows that a stage leaves; the layers behind it turn as these do."""
-        layer, pictures, stage = self.layers[index], rows.pictures, cut.stage
-        assert isinstance(layer, Layer)
-        assert pictures is not None
-        above = keys[index - 1].angles
-        tables = above.cos, above.sin
-        probes: dict[int | str, Probe[Tensor]] = {}
-        if cut.looks_here:
-            spec = layer.spec.attention
-            q, k, _ = unpacked(spec, *layer.attention.project(layer.norm1(rows.x)))
-            probes["own"] = probe_of(spec, q, k, angles=tables)
-        if rows.before is not None:
-            probes["previous"] = rows.before
-        call = pictures.call(rows.x)
-        tokens = visual_tokens(call, stage)
-        chosen = cut(View(tokens=tokens, probes=probes, call=call))
-        keys[index].angles.follow(tables, chosen)
-        wanted = rows.wanted
-        if wanted is not None:
-            # -1 stays the last row, others move up by what is gone before them.
-            moved = (chosen < wanted[:, None]).sum(-1)
-            wanted = torch.where(wanted < 0, wanted, moved)
-        return Rows(
-            x=rows.x.index_select(1, chosen),
-            wanted=wanted,
-            pictures=pictures.narrowed(chosen, stage.count_in - stage.count_out),
-        )
 
 
 class Vlm(nn.Module):
@@ -241,7 +106,7 @@ class Vlm(nn.Module):
     ) -> VisSeq[Tensor]:
         """The visual tokens of pictures of one grid, as rows of the decoder."""
         grid = self.spec.vision.grids[0] if grid is None else grid
-        seen = self.vision.see(pixels, grid_tables(self.spec.vision, grid), grid)
+        seen = self.vision(pixels, grid_tables(self.spec.vision, grid), grid)
         return self.project(seen, grid, question)
 
     def project(
@@ -379,7 +244,8 @@ class Vlm(nn.Module):
         """Each norm whose output only linear maps read, with those maps: (site, sites).
 
         Left out are norms that something else reads too: a norm before a vision feature, one whose
-        rows are gathered into squares, and the decoder's last where its head is the embedding.
+        rows are gathered into squares, and the decoder's last where its head is the embedding, or
+        where a stage looks at what it gives.
         """
         found: list[tuple[str, tuple[str, ...]]] = []
         for part, layers in (("vision", self.vision.layers), ("decoder", self.decoder.layers)):
@@ -389,9 +255,13 @@ class Vlm(nn.Module):
                 names = ("gate", "up") if isinstance(layer.mlp, GatedMlp) else ("up",)
                 found.append((f"{site}.norm1", (f"{site}.attention.qkv",)))
                 found.append((f"{site}.norm2", tuple(f"{site}.mlp.{name}" for name in names)))
-        if not self.spec.decoder.tied:
+        if not self.spec.decoder.tied and not self._cuts_see_norm():
             found.append(("decoder.norm", ("decoder.head",)))
         return found
+
+    def _cuts_see_norm(self) -> bool:
+        cuts = [cut for cut in self.decoder.cuts if isinstance(cut, CutModule)]
+        return any(cut.looks_normed for cut in cuts)
 
 
 def place(model: nn.Module, name: str, value: Tensor) -> None:

@@ -20,9 +20,10 @@ from edgevlm.evidence.fed import (
 )
 from edgevlm.evidence.witness import Question, ask
 from edgevlm.model.attention import FullCache
+from edgevlm.model.decoder import Decoder, Rows
 from edgevlm.model.stages import Seen
 from edgevlm.model.vision import GridTables, Vision, VisionRows, grid_tables
-from edgevlm.model.vlm import Decoder, Rows, Vlm
+from edgevlm.model.vlm import Vlm
 from edgevlm.samples import Sample
 from edgevlm_runtime.image import ImageSpec
 from edgevlm_runtime.text import TextSpec
@@ -110,7 +111,7 @@ def encode_features(model: Vlm, cases: Sequence[CalibrationCase]) -> Features:
     """Run the vision encoder on every picture."""
     return [
         [
-            (model.vision.see(pixels, grid_tables(model.spec.vision, grid), grid), grid)
+            (model.vision(pixels, grid_tables(model.spec.vision, grid), grid), grid)
             for pixels, grid in _pictures(model, [case])
         ]
         for case in cases

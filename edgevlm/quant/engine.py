@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgevlm.evidence.fed import Visual
+from edgevlm.model.decoder import Decoder
 from edgevlm.model.quantized import QuantLinear
 from edgevlm.model.spec import VlmSpec
-from edgevlm.model.vlm import Decoder, Vlm, place
+from edgevlm.model.vlm import Vlm, place
 from edgevlm.passes.base import Context
 from edgevlm.quant.calibrate import (
     CalibrationCase,

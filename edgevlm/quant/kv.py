@@ -11,8 +11,9 @@ from torch import Tensor
 from edgevlm.errors import PassError
 from edgevlm.evidence.fed import Visual
 from edgevlm.model.attention import Attention, AttentionCore
+from edgevlm.model.decoder import Decoder
 from edgevlm.model.spec import KvQuant
-from edgevlm.model.vlm import Decoder, Vlm
+from edgevlm.model.vlm import Vlm
 from edgevlm.quant.calibrate import CalibrationCase, decoder_inputs
 
 __all__ = ["calibrate_cache"]
@@ -85,7 +86,7 @@ def _see_caches(
     for fed in decoder_inputs(model, cases, visual, answers=True):
         keys = model.whole_keys(fed.positions, observers)
         decoder: Decoder = model.decoder
-        decoder(fed.rows, keys, torch.tensor([-1]), fed.pictures)
+        decoder(fed.rows, keys, torch.tensor([0]), fed.pictures)
     return seen
 
 

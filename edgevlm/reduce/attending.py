@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgevlm.reduce.view import View, numpy_of_visual, of_visual
+from edgevlm.reduce.view import View, numpy_of_visual, numpy_unit, of_visual, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,75 +21,103 @@ if TYPE_CHECKING:
 
 
 def text_scores(
-    view: View[Tensor], layer: str, query: str, rope: str, top_heads: int | None
+    view: View[Tensor],
+    layer: str,
+    query: str,
+    rope: str = "on",
+    top_heads: int | float | None = None,
 ) -> Tensor:
     """Scores [P, N]: attention to visual tokens, mean over heads and over the rows that ask."""
     import torch
 
-    from edgevlm_export.ops import probe_attention, rotary
+    from edgevlm_export.ops import probe_attention, probe_heads
 
     probe, call = view.probes[layer], view.call
     assert call is not None, "a stage of the decoder has a call"
+    heads = probe.num_heads, probe.num_kv_heads
     q, k = probe.q, probe.k
     if rope != "off":
-        assert probe.cos is not None
-        assert probe.sin is not None
-        q = rotary(q, probe.cos, probe.sin, probe.num_heads)
-        k = rotary(k, probe.cos, probe.sin, probe.num_kv_heads)
+        q, k = turned(probe, q, heads[0]), turned(probe, k, heads[1])
     if query == "last":
         rows, weights = call.last, torch.ones(1, 1, 1)
+        q = q.index_select(1, rows)
     else:
         rows, weights = torch.arange(q.shape[1]), call.weights[query][:, None]
         weights = weights / weights.sum(-1, keepdim=True)
-    q = q if query != "last" else q.index_select(1, rows)
-    heads = probe.num_heads, probe.num_kv_heads
     if top_heads is None:
-        by_head = weights * (1.0 / probe.num_heads)
+        even = weights * (1.0 / probe.num_heads)
+        scores = of_visual(view, probe_attention(q, k, even, *heads, probe.scale, rows))
     else:
-        by_head = weights * _attentive_heads(view, q, k, rows, weights, top_heads)
-    scores = probe_attention(q, k, by_head, *heads, probe.scale, rows)
+        by_head = probe_heads(q, k, weights, *heads, probe.scale, rows)
+        count = head_count(top_heads, probe.num_heads)
+        scores = _of_best_heads(view, of_visual(view, by_head.mT), count)
     if rope == "corrected":
-        scores = scores / _by_rotation(probe, rows, weights)
-    return of_visual(view, scores)
+        scores = scores / of_visual(view, _by_rotation(probe, rows, weights))
+    return scores
 
 
-def _attentive_heads(
-    view: View[Tensor], q: Tensor, k: Tensor, rows: Tensor, weights: Tensor, count: int
-) -> Tensor:
-    """[1, H, 1]: 1 / count for the heads that look at visual tokens most, else 0."""
+def head_count(top_heads: int | float, num_heads: int) -> int:
+    """How many of the heads count, of a number or a share of them."""
+    if isinstance(top_heads, int):
+        return top_heads
+    return max(1, round(top_heads * num_heads))
+
+
+def _of_best_heads(view: View[Tensor], scores: Tensor, count: int) -> Tensor:
+    """Of scores [P, N, H] the mean of the heads that look at the pictures most, all together."""
     import torch
 
-    from edgevlm_export.ops import probe_attention, top_rows
+    from edgevlm_export.ops import top_rows
 
-    probe = next(iter(view.probes.values()))
-    masses = []
-    for head in range(probe.num_heads):
-        alone = torch.zeros(1, probe.num_heads, 1)
-        alone[:, head] = 1.0
-        scores = probe_attention(
-            q, k, weights * alone, probe.num_heads, probe.num_kv_heads, probe.scale, rows
-        )
-        masses.append(of_visual(view, scores).sum())
-    kept, _ = top_rows(torch.stack(masses)[None], count, view.dense)
-    is_kept = kept[:, :, None] == torch.arange(probe.num_heads)
-    return is_kept.to(q.dtype).sum(1)[:, :, None] * (1.0 / count)
+    kept, _ = top_rows(scores.sum((0, 1))[None], count, view.dense)
+    is_kept = (kept[:, :, None] == torch.arange(scores.shape[2])).to(scores.dtype).sum(1)
+    return (scores * is_kept).sum(-1) / count
 
 
 def _by_rotation(probe: Probe[Tensor], rows: Tensor, weights: Tensor) -> Tensor:
     """What the rows would give each key if queries and keys were all ones: [1, T]."""
-    from edgevlm_export.ops import probe_attention, rotary
+    from edgevlm_export.ops import probe_attention
+
+    width = probe.k.shape[2] // probe.num_kv_heads
+    ones = turned(probe, probe.k[:, :, :width] * 0.0 + 1.0, 1)
+    asking = ones.index_select(1, rows)
+    return probe_attention(asking, ones, weights, 1, 1, probe.scale, rows)
+
+
+def turned(probe: Probe[Tensor], rows: Tensor, num_heads: int) -> Tensor:
+    """Queries or keys [1, T, H * D] of a decoder call, with the rotation of their positions."""
+    from edgevlm_export.ops import rotary
 
     assert probe.cos is not None
     assert probe.sin is not None
-    width = probe.k.shape[2] // probe.num_kv_heads
-    ones = probe.k[:, :, :width] * 0.0 + 1.0
-    turned = rotary(ones, probe.cos, probe.sin, 1)
-    asking = turned.index_select(1, rows)
-    return probe_attention(asking, turned, weights, 1, 1, probe.scale, rows)
+    return rotary(rows, probe.cos, probe.sin, num_heads)
+
+
+def question_likeness(view: View[Tensor], query: str) -> Tensor:
+    """Cosine [P, N] of visual tokens with the mean of the rows that ask."""
+    call = view.call
+    assert call is not None, "a stage of the decoder has a call"
+    weights = call.weights[query]
+    mean = (weights / weights.sum(-1, keepdim=True)) @ call.rows[0]
+    likeness: Tensor = unit(view.tokens.features) @ unit(mean)[0]
+    return likeness
+
+
+def numpy_question_likeness(view: View[np.ndarray], query: str) -> np.ndarray:
+    """The twin of `question_likeness`."""
+    call = view.call
+    assert call is not None, "a stage of the decoder has a call"
+    mean = np.average(call.rows[0], axis=0, weights=call.weights[query][0])
+    likeness: np.ndarray = numpy_unit(view.tokens.features) @ numpy_unit(mean)
+    return likeness
 
 
 def numpy_text_scores(
-    view: View[np.ndarray], layer: str, query: str, rope: str, top_heads: int | None
+    view: View[np.ndarray],
+    layer: str,
+    query: str,
+    rope: str = "on",
+    top_heads: int | float | None = None,
 ) -> np.ndarray:
     """The twin of `text_scores`, head by head and row by row."""
     probe, call = view.probes[layer], view.call
@@ -107,7 +135,8 @@ def numpy_text_scores(
     )
     if top_heads is not None:
         masses = [numpy_of_visual(view, values[None]).sum() for values in per_head]
-        per_head = per_head[np.argsort(-np.array(masses), kind="stable")[:top_heads]]
+        count = head_count(top_heads, probe.num_heads)
+        per_head = per_head[np.argsort(-np.array(masses), kind="stable")[:count]]
     scores = per_head.mean(0)
     if rope == "corrected":
         free = sum(weight * _free_attention(probe, row) for row, weight in asking.items())
@@ -129,14 +158,14 @@ def _row_attention(probe: Probe[np.ndarray], head: int, row: int, *, is_turned: 
     q = probe.q[0].reshape(len(probe.q[0]), probe.num_heads, -1)[:, head].astype(np.float64)
     k = probe.k[0].reshape(len(probe.k[0]), probe.num_kv_heads, -1)[:, kv_head].astype(np.float64)
     if is_turned:
-        q, k = _turned(probe, q), _turned(probe, k)
+        q, k = numpy_turned(probe, q), numpy_turned(probe, k)
     return _softmax_to(q[row] @ k[: row + 1].T * probe.scale, len(k))
 
 
 def _free_attention(probe: Probe[np.ndarray], row: int) -> np.ndarray:
     """The same for queries and keys of ones."""
     width = probe.k.shape[2] // probe.num_kv_heads
-    ones = _turned(probe, np.ones((probe.k.shape[1], width)))
+    ones = numpy_turned(probe, np.ones((probe.k.shape[1], width)))
     return _softmax_to(ones[row] @ ones[: row + 1].T * probe.scale, len(ones))
 
 
@@ -147,8 +176,8 @@ def _softmax_to(logits: np.ndarray, length: int) -> np.ndarray:
     return found
 
 
-def _turned(probe: Probe[np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Rotate rows [T, D]: feature i turns with feature i + R."""
+def numpy_turned(probe: Probe[np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Rotate rows [T, D] of one head: feature i turns with feature i + R."""
     assert probe.cos is not None
     assert probe.sin is not None
     pairs = probe.cos.shape[1]

@@ -25,11 +25,15 @@ MIXERS = ("attention",)
 def problems_of(problem: Problem) -> None:
     """Raise Complaint for the first stage that this model has no place for."""
     spec, stages = problem.spec, problem.stages
-    is_whole = True
+    is_whole, is_packed = True, False
     for number, stage in enumerate(stages, 1):
         try:
             _check_site(spec, stage)
             _check_needs(spec, stage, is_whole=is_whole)
+            if stage.at == "decoder":
+                _check_place(spec, stage, is_packed=is_packed)
+                _check_heads(spec, stage)
+                is_packed = stage.place == "repack"
         except Complaint as complaint:
             message = f"stage {number}: {complaint.message}"
             raise Complaint(message, hint=complaint.hint) from None
@@ -38,6 +42,10 @@ def problems_of(problem: Problem) -> None:
 
 def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
     """A stage needs tokens that can be taken one by one where it stands."""
+    if stage.at == "input":
+        raise Complaint(
+            "no stage can stand at input yet", hint="put it at encoder, behind the patches"
+        )
     if stage.at == "decoder":
         layer = layer_of(stage, len(spec.decoder.layers))
         for index, later in enumerate(spec.decoder.layers[layer:], layer):
@@ -90,6 +98,43 @@ def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
                     f"{math.prod(grid)} patches",
                     hint="put the stage at encoder",
                 )
+
+
+def _check_place(spec: VlmSpec, stage: StageOptions, *, is_packed: bool) -> None:
+    """Within the decoder positions are kept, or counted anew from there on."""
+    if stage.place == "repack":
+        if spec.decoder.rope.sections:
+            raise Complaint(
+                "positions have a row and a column of the grid, and cannot be counted anew within "
+                "the decoder",
+                hint="write place: keep",
+            )
+        return
+    if is_packed:
+        raise Complaint(
+            "it keeps positions, which a stage before it has counted anew",
+            hint="write place: repack",
+        )
+    maker = stage.rest or stage.merge
+    if maker is not None:
+        raise Complaint(
+            f"{maker.name!r} makes tokens of others, which have no positions to keep",
+            hint="write place: repack",
+        )
+
+
+def _check_heads(spec: VlmSpec, stage: StageOptions) -> None:
+    """A score by the best heads of a layer finds as many there."""
+    top_heads = getattr(stage.score, "top_heads", None)
+    if stage.score is None or not isinstance(top_heads, int):
+        return
+    layer = layer_of(stage, len(spec.decoder.layers)) - stage.score.looks_back
+    num_heads = spec.decoder.layers[layer].attention.num_heads
+    if top_heads > num_heads:
+        raise Complaint(
+            f"it goes by the best {top_heads} heads of {num_heads}",
+            hint="write a share of the heads, such as top_heads: 0.5",
+        )
 
 
 def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from edgevlm.document import Complaint, Options, show
+from edgevlm.document import Complaint, Options, show, suggest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +78,16 @@ class Piece(Options):
     def looks_here(self) -> bool:
         """Whether it looks at those of the decoder layer behind it."""
         return False
+
+    @property
+    def looks_normed(self) -> bool:
+        """Whether it looks at the rows of a decoder call as the decoder's last norm makes them."""
+        return False
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """Kinds of text rows whose weights it wants, besides the last row."""
+        return frozenset({getattr(self, "query", "last")} - {"last"})
 
 
 class Scorer(Piece):
@@ -205,6 +215,9 @@ class _Named(Options):
     @classmethod
     def _has_one_key(cls, data: object) -> object:
         if isinstance(data, str):
+            if data not in cls.model_fields:
+                hint = suggest(data, list(cls.model_fields))
+                raise Complaint(f"unknown {cls.key_noun} {data!r}", hint=hint)
             data = {data: {}}
         if not isinstance(data, Mapping) or len(data) != 1:
             raise Complaint(

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from edgevlm.reduce.choices import cover, dpp, facility, spread, top, uniform
+from edgevlm.reduce.choices import (
+    cover,
+    dpp,
+    facility,
+    pivots,
+    relevant_diverse,
+    spread,
+    top,
+    uniform,
+)
 from edgevlm.reduce.merges import bipartite, clusters, fuse
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, named, plugins
-from edgevlm.reduce.rests import anchors, neighbours
-from edgevlm.reduce.scorers import encoder_attention, random, text_attention
+from edgevlm.reduce.rests import anchors, neighbours, recycle
+from edgevlm.reduce.scorers import (
+    attention_delta,
+    contrast,
+    encoder_attention,
+    random,
+    text_attention,
+)
 from edgevlm.reduce.transforms import fourier, pool, windows
 
 BUILT_IN = (
-    *(encoder_attention, random, text_attention),
-    *(cover, dpp, facility, spread, top, uniform),
-    *(anchors, neighbours),
+    *(attention_delta, contrast, encoder_attention, random, text_attention),
+    *(cover, dpp, facility, pivots, relevant_diverse, spread, top, uniform),
+    *(anchors, neighbours, recycle),
     *(bipartite, clusters, fuse),
     *(fourier, pool, windows),
 )

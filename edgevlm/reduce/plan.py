@@ -64,8 +64,12 @@ class Stage:
     @property
     def queries(self) -> frozenset[str]:
         """Kinds of text rows that it wants weights of, besides the last row."""
-        kinds = {getattr(piece, "query", "last") for piece in self.pieces}
-        return frozenset(kinds - {"last"})
+        return frozenset[str]().union(*(piece.asks for piece in self.pieces))
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether tokens leave that are none of those that came."""
+        return self.select is None or self.extra > 0
 
     @property
     def name(self) -> str:

@@ -45,8 +45,9 @@ class View(Generic[ArrayT]):
     `probes` are queries and keys: of encoder layers by their number as the piece wrote it, of a
     decoder's layer by `own` and `previous`. `encoded` [B, M, Dv] are the encoder's features, where
     tokens are rows of the projector; `squares` [N, m] are the features that each was made of.
-    `question` [1, Q, W] and `asked` [1, Q] by kind are the text rows and their weights. `dense`
-    asks for forms without TopK and Gather.
+    `question` [1, Q, W] and `asked` [1, Q] by kind are the text rows and their weights. `normed`
+    [1, T, W] are the rows of a decoder call behind the decoder's last norm, where a piece looks at
+    them. `dense` asks for forms without TopK and Gather.
     """
 
     tokens: VisSeq[ArrayT]
@@ -56,6 +57,7 @@ class View(Generic[ArrayT]):
     question: ArrayT | None = None
     asked: Mapping[str, ArrayT] = field(default_factory=dict)
     call: Call[ArrayT] | None = None
+    normed: ArrayT | None = None
     dense: bool = False
 
 
@@ -78,7 +80,7 @@ def picked(values: Tensor, rows: Tensor, *, dense: bool = False) -> Tensor:
     from edgevlm_export.ops import take_rows
 
     found = take_rows(values[..., None].to(torch.float32), rows, dense)
-    return found[..., 0].to(values.dtype)
+    return found.flatten(1).to(values.dtype)
 
 
 def ranked(scores: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from edgevlm.model.graphs import ModelGraph, delta_step, inplace_step, vision_graph
 from edgevlm.model.spec import VlmSpec
+from edgevlm.model.stages import Seen
 from edgevlm.model.vlm import Vlm
 from edgevlm_export.capture import capture
 from edgevlm_export.lower import lower
@@ -124,7 +125,9 @@ def test_every_site_can_be_tapped(folder: Path, tmp_path: Path, name: str, graph
     for site, module in modules.items():
 
         def keep(_module: object, _inputs: object, output: Any, site: str = site) -> None:
-            ran[site] = (output[0] if isinstance(output, tuple) else output).numpy()
+            first = output[0] if isinstance(output, tuple) else output
+            # What an encoder saw has its features, and what stages ask of them.
+            ran[site] = (first.tokens.features if isinstance(first, Seen) else first).numpy()
 
         module.register_forward_hook(keep)
     with torch.inference_mode():

@@ -8,10 +8,11 @@ divides by what rotation alone would give (arXiv 2410.04417).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator, WithJsonSchema
 
+from edgevlm.document import Complaint, show
 from edgevlm.reduce.attending import numpy_text_scores, text_scores
 from edgevlm.reduce.piece import Scorer, Site, StaticClass, register
 
@@ -20,6 +21,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgevlm.reduce.view import View
+
+
+def _heads(value: object) -> int | float:
+    """A number of heads, or a share of them."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if is_number or (isinstance(value, float) and 0 < value < 1):
+        return value  # type: ignore[return-value]
+    raise Complaint(
+        f"top_heads must be a number of heads, or a share below 1, got {show(value)}",
+        hint="write 14, or 0.5",
+    )
+
+
+Heads = Annotated[
+    int | float,
+    PlainValidator(_heads),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            ]
+        }
+    ),
+]
 
 
 @register
@@ -37,8 +63,10 @@ class TextAttention(Scorer):
     rope: Literal["on", "off", "corrected"] = Field(
         "on", description="Rotated, not rotated, or divided by what rotation alone gives."
     )
-    top_heads: int | None = Field(
-        None, ge=1, description="Only the heads that look at the pictures most; absent: all."
+    top_heads: Heads | None = Field(
+        None,
+        description="Only the heads that look at the pictures most, a number or a share of them; "
+        "absent: all.",
     )
 
     @property

@@ -14,6 +14,7 @@ from edgevlm_export.ops.layer_norm import layer_norm
 from edgevlm_export.ops.logits import logits
 from edgevlm_export.ops.masked_attention import masked_attention
 from edgevlm_export.ops.probe_attention import probe_attention
+from edgevlm_export.ops.probe_heads import probe_heads
 from edgevlm_export.ops.quant_linear import dequantized, num_groups, quant_linear
 from edgevlm_export.ops.rms_norm import rms_norm
 from edgevlm_export.ops.rotary import rotary
@@ -38,6 +39,7 @@ __all__ = [
     "masked_attention",
     "num_groups",
     "probe_attention",
+    "probe_heads",
     "quant_linear",
     "rms_norm",
     "rotary",

@@ -169,7 +169,10 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
         cos = sin = None
     rows, numbers = q, None
     if cos is not None:
-        numbers = emit.shared("row_numbers", lambda emit: _row_numbers(emit, rows))
+        # One for each state group, whose rows are told apart by its lengths.
+        assert seqlens_k is not None
+        name = f"{seqlens_k.name}_row_numbers"
+        numbers = emit.shared(name, lambda emit: _row_numbers(emit, rows))
     no_bias = no_sink = None
     inputs = [q, k, v, past_key, past_value, seqlens_k, total, cos, sin, numbers, no_bias, no_sink]
     return emit.node(

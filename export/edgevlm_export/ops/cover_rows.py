@@ -76,7 +76,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     assert gains is not None
     batch, num_rows, things = dims(gains)
     assert isinstance(num_rows, int), f"{gains.name} has a dynamic number of rows"
-    pictures = Pictures(batch=batch)
+    pictures = Pictures(batch=batch, num_rows=num_rows)
     numbers = emit.constant(np.arange(num_rows))
     lowest = emit.scalar(LOWEST, gains)
     extra = bonus if bonus is not None else emit.constant(np.zeros((1, num_rows), np.float32))

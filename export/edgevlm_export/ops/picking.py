@@ -25,6 +25,17 @@ def ascending(emit: Emitter, rows: ir.Value, count: int, part: str = "ascending"
     return emit.node("TopK", inputs, part=part, num_outputs=2, axis=-1, largest=0)[0]
 
 
+def looked_up(
+    emit: Emitter, x: ir.Value, rows: ir.Value, batch: int, num_rows: int, count: int = 1
+) -> ir.Value:
+    """Rows [B, k] of x [B, N, W], one below the other: [B * k, W]."""
+    first = emit.constant(num_rows * np.arange(batch)[:, None])
+    numbers = emit.one("Add", rows, first, part="numbers")
+    numbers = emit.one("Reshape", numbers, emit.ints(batch * count), part="number_line")
+    together = emit.one("Reshape", x, emit.ints(batch * num_rows, -1), part="together")
+    return emit.one("Gather", together, numbers, part="row", axis=0)
+
+
 def kept_size(size: int | str) -> int:
     """A dimension as Reshape takes it where it stays in place: 0 keeps a dynamic one."""
     return size if isinstance(size, int) else 0
@@ -34,10 +45,12 @@ def kept_size(size: int | str) -> int:
 class Pictures:
     """How rows are looked up in a batch of pictures [B, N, W].
 
-    One picture needs no GatherND, which few NPU compilers take: an index is [1], of several [B, 1].
+    Few NPU compilers take GatherND. One picture needs none: an index is [1], of several [B, 1]. Of
+    a fixed number of pictures, of `num_rows` each, the rows lie below each other.
     """
 
     batch: int | str
+    num_rows: int | None = None
 
     @property
     def is_one(self) -> bool:
@@ -52,6 +65,8 @@ class Pictures:
         """The row at an index, [1, W] of x [N, W] where the picture is one, else [B, W]."""
         if self.is_one:
             return emit.one("Gather", x, index, part="row", axis=0)
+        if isinstance(self.batch, int) and self.num_rows is not None:
+            return looked_up(emit, x, index, self.batch, self.num_rows)
         return emit.one("GatherND", x, index, part="row", batch_dims=1)
 
     def rows(self, emit: Emitter, picked: list[ir.Value]) -> ir.Value:

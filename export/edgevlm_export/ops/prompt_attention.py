@@ -37,7 +37,7 @@ def lower_prompt(emit: Emitter, node: ir.Node, size: int) -> Sequence[ir.Value]:
         q = contrib_rotary(emit, q, cos, sin, num_heads=num_heads, size=size)
         k = contrib_rotary(emit, k, cos, sin, num_heads=num_kv_heads, size=size)
     slots = emit.shared(
-        f"new_slots_x{num_kv_heads}",
+        f"{_group(last_slot)}new_slots_x{num_kv_heads}",
         lambda emit: _new_slots(emit, _used_slots(emit, rows, last_slot), rows, num_kv_heads),
     )
     # Asked of the rows of this layer, or the caches of all layers would be restored before any row
@@ -145,8 +145,14 @@ class _Grid:
 
 def _used_slots(emit: Emitter, rows: ir.Value, last_slot: ir.Value | None) -> ir.Value:
     """Slots used before this call, int64 [1]: one more than the last slot, less T."""
-    end = emit.shared("total_slots", lambda emit: _total_slots(emit, last_slot))
+    end = emit.shared(f"{_group(last_slot)}total_slots", lambda emit: _total_slots(emit, last_slot))
     return emit.one("Sub", end, emit.one("Shape", rows, start=1, end=2))
+
+
+def _group(last_slot: ir.Value | None) -> str:
+    """What tells the rows of one state group from those of others, which are fewer or more."""
+    assert last_slot is not None
+    return f"{last_slot.name}_"
 
 
 def _total_slots(emit: Emitter, last_slot: ir.Value | None) -> ir.Value:

@@ -67,7 +67,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     assert distance is not None
     batch, num_rows, _ = dims(distance)
     assert isinstance(num_rows, int), f"{distance.name} has a dynamic number of rows"
-    pictures = Pictures(batch=batch)
+    pictures = Pictures(batch=batch, num_rows=num_rows)
     same = emit.constant(np.eye(num_rows, dtype=bool))
     others = emit.one("Where", same, emit.scalar(-LOWEST, distance), distance, part="others")
     nearest = emit.one("ReduceMin", others, emit.ints(1), part="nearest_other", keepdims=0)

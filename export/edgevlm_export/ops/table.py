@@ -14,6 +14,7 @@ from edgevlm_export.ops.linear import OP as LINEAR
 from edgevlm_export.ops.logits import OP as LOGITS
 from edgevlm_export.ops.masked_attention import OP as MASKED_ATTENTION
 from edgevlm_export.ops.probe_attention import OP as PROBE_ATTENTION
+from edgevlm_export.ops.probe_heads import OP as PROBE_HEADS
 from edgevlm_export.ops.quant_linear import OP as QUANT_LINEAR
 from edgevlm_export.ops.rms_norm import OP as RMS_NORM
 from edgevlm_export.ops.rotary import OP as ROTARY
@@ -36,6 +37,7 @@ OPS = {
         LOGITS,
         MASKED_ATTENTION,
         PROBE_ATTENTION,
+        PROBE_HEADS,
         QUANT_LINEAR,
         RMS_NORM,
         ROTARY,

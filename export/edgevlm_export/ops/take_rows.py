@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgevlm_export.emit import Emitter
 from edgevlm_export.ops.op import Op, attribute, dims, torch_op
-from edgevlm_export.ops.picking import Pictures, kept_size
+from edgevlm_export.ops.picking import Pictures, kept_size, looked_up
 
 
 def _empty(x: Tensor, rows: Tensor, *_: object) -> Tensor:
@@ -49,6 +49,10 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
         empty = {} if count else {"allowzero": 1}
         numbers = emit.one("Reshape", rows, emit.ints(count), part="numbers", **empty)
         return [emit.one("Gather", x, numbers, axis=1)]
+    num_rows = dims(x)[1]
+    if isinstance(batch, int) and isinstance(num_rows, int):
+        found = looked_up(emit, x, rows, batch, num_rows, count)
+        return [emit.one("Reshape", found, emit.ints(batch, count, -1))]
     numbers = emit.one("Reshape", rows, emit.ints(kept_size(batch), count, 1), part="numbers")
     return [emit.one("GatherND", x, numbers, batch_dims=1)]
 

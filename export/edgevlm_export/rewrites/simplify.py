@@ -17,6 +17,7 @@ from edgevlm_export.taps import tapped_sites
 
 _SKIPPED = (
     "eliminate_consecutive_idempotent_ops",
+    # A sum over an axis of one number would become a Squeeze without a name.
     "eliminate_nop_reduce",
     "fuse_add_bias_into_conv",
     "fuse_consecutive_mul",

@@ -14,8 +14,8 @@ STATIC = Target(
     ops={
         "": op_names(
             # Log: a merged token's key weighs by the logarithm of its size.
-            "Add And ArgMax Cast Concat Conv DequantizeLinear Div Equal Erf Expand Gather Gemm",
-            "Greater GreaterOrEqual LayerNormalization Less Log MatMul Max Min Mul Or",
+            "Abs Add And ArgMax Cast Concat Conv DequantizeLinear Div Equal Erf Expand Gather",
+            "Gemm Greater GreaterOrEqual LayerNormalization Less Log MatMul Max Min Mul Or",
             "QuantizeLinear ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Sigmoid Slice",
             "Softmax Split Sqrt Sub Tanh TopK Transpose Unsqueeze Where",
         ),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgevlm.evidence.eager import eager_witness, positions
+from edgevlm.evidence.eager import eager_witness
+from edgevlm.evidence.fed import positions
 from edgevlm.evidence.witness import Question, Witness, load, save
 from edgevlm.model.vlm import Vlm
 from tests.edgevlm.calibrated import quantized, samples_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.errors import PassError
-from edgevlm.evidence.eager import pixels_of, positions
+from edgevlm.evidence.fed import pixels_of, positions
 from edgevlm.model.quantized import QuantLinear
 from edgevlm.model.vlm import Vlm
 from edgevlm.quant import engine

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edgevlm.errors import PassError
-from edgevlm.evidence.eager import pixels_of, positions
+from edgevlm.evidence.fed import pixels_of, positions
 from edgevlm.model.attention import AttentionCore
 from edgevlm.model.vlm import Vlm
 from edgevlm.quant import kv as kv_module

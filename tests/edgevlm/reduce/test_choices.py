@@ -18,7 +18,7 @@ from edgevlm.reduce.choices.top import Top
 from edgevlm.reduce.lattice import lattice_rows, spaced_rows
 from edgevlm.reduce.piece import Choice
 from edgevlm.reduce.view import numpy_unit
-from tests.edgevlm.reduce.views import GRID, NUM_TOKENS, Both, as_torch, views
+from tests.edgevlm.reduce.early import GRID, NUM_TOKENS, Both, as_torch, views
 
 # Sums of 24 to 29 numbers up to one, in float32.
 TOLERANCE = 1e-5

@@ -17,7 +17,7 @@ from edgevlm.reduce.merges.clusters import Clusters
 from edgevlm.reduce.merges.fuse import Fuse
 from edgevlm.reduce.order import even_steps, in_order
 from edgevlm.reduce.piece import Merge
-from tests.edgevlm.reduce.views import NUM_TOKENS, Both, views
+from tests.edgevlm.reduce.early import NUM_TOKENS, Both, views
 
 MERGES: dict[str, Merge] = {
     "bipartite": Bipartite(),

@@ -8,7 +8,7 @@ import torch
 
 from edgevlm.reduce.rests.anchors import Anchors
 from edgevlm.reduce.rests.neighbours import Neighbours
-from tests.edgevlm.reduce.views import NUM_TOKENS, Both, views
+from tests.edgevlm.reduce.early import NUM_TOKENS, Both, views
 
 # Features of size one, summed over 24 tokens in float32.
 TOLERANCE = 1e-5

@@ -12,7 +12,7 @@ from edgevlm.reduce.piece import Transform
 from edgevlm.reduce.transforms.fourier import Fourier, cosines
 from edgevlm.reduce.transforms.pool import AvgPool, Elastic
 from edgevlm.reduce.transforms.windows import Windows
-from tests.edgevlm.reduce.views import GRID, left_by, stage, views
+from tests.edgevlm.reduce.early import GRID, left_by, stage, views
 
 
 def forth(x: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, known
 from edgevlm.reduce.plan import Stage
-from tests.edgevlm.reduce.views import GRID, KINDS, NUM_TOKENS, in_both, left_by, stage, views
+from tests.edgevlm.reduce.early import GRID, KINDS, NUM_TOKENS, in_both, left_by, stage, views
 
 # Features of size one, summed over 24 tokens in float32 and in float64.
 TOLERANCE = 2e-5

@@ -55,11 +55,12 @@ def test_a_batch_of_any_size(dense: bool) -> None:
 
 
 @FORMS
-def test_several_pictures_of_fixed_number(dense: bool) -> None:
+@pytest.mark.parametrize("target", ["ort", "static"])
+def test_several_pictures_of_fixed_number(target: str, dense: bool) -> None:
     tensors = inputs(3, 4)
     expected = TAKE_ROWS.numpy(**{name: x.numpy() for name, x in tensors.items()})
     np.testing.assert_array_equal(eager(TAKE_ROWS, tensors, dense=dense)[0], expected)
-    np.testing.assert_array_equal(lowered(TAKE_ROWS, "ort", tensors, dense=dense)[0], expected)
+    np.testing.assert_array_equal(lowered(TAKE_ROWS, target, tensors, dense=dense)[0], expected)
 
 
 class Taken(nn.Module):

@@ -66,3 +66,15 @@ def test_a_site_between_two_reshapes_stays() -> None:
     result = Simplify()(model)
     assert result.modified
     assert nodes(result.model) == nodes(model)
+
+
+def test_a_sum_of_one_number_keeps_its_name() -> None:
+    """As a Squeeze it would have none, and the whole graph would be kept as it is."""
+    model = parsed("""<ir_version: 10, opset_import: ["" : 19]>
+        g (float[2,1,16] x) => (float[2,16] b)
+        <float one = {1}, float two = {2}, int64[1] axis = {1}>
+        { k = Add(one, two) a = Mul(x, k) b = ReduceSum<keepdims = 0>(a, axis) }""")
+    model.graph[0].name = model.graph[0].outputs[0].name = "a/k"
+    result = Simplify()(model)
+    assert result.modified
+    assert [node.op_type for node in result.model.graph] == ["Mul", "ReduceSum"]
