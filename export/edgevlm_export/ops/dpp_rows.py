@@ -93,7 +93,7 @@ def _standard(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     assert kernel is not None
     batch, num_rows, _ = dims(kernel)
     assert isinstance(num_rows, int), f"{kernel.name} has a dynamic number of rows"
-    pictures = Pictures(batch=batch)
+    pictures = Pictures(batch=batch, num_rows=num_rows)
     size = kept_size(batch)
     # Of one picture, the factor has no batch axis.
     whole = (num_rows,) if pictures.is_one else (size, num_rows)

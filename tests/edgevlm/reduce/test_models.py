@@ -96,7 +96,7 @@ def test_windows_stand_behind_the_last_of_their_layers(layers: tuple[int, ...], 
     behind = layers if keep == 1 else layers[-1:]
     pixels = pixels_of(spec)
     with torch.no_grad():
-        wanted, seen = by_hand(model, pixels, behind), model.vision.see(pixels)
+        wanted, seen = by_hand(model, pixels, behind), model.vision(pixels)
         found = model.encode(pixels)
     torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
     # The class token is none of them, and no size weighs attention.
@@ -169,7 +169,7 @@ def test_pooling_before_squares_are_joined_is_by_hand() -> None:
     pixels = pixels_of(model.spec)
     with torch.no_grad():
         bare = drawn(replace(model.spec, reduction=None))
-        features = bare.vision(pixels).transpose(1, 2).unflatten(2, (8, 8))
+        features = bare.vision(pixels).tokens.features.transpose(1, 2).unflatten(2, (8, 8))
         pooled = nn.functional.avg_pool2d(features, 2).flatten(2).transpose(1, 2)
         wanted, found = model.projector(pooled, (4, 4)), model.encode(pixels)
     torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)

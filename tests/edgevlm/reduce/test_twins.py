@@ -30,6 +30,7 @@ SELECTS: dict[str, dict[str, Any]] = {
     "dpp": {"at": "projector", "select": "dpp"},
     "dpp of words": {"at": "projector", "select": {"dpp": {"query": "words"}}},
     "facility": {"at": "projector", "select": "facility"},
+    "relevant and diverse": {"score": CLASS, "select": {"relevant_diverse": {"key": 3}}},
 }
 RESTS: dict[str, dict[str, Any]] = {
     "anchors": {"score": CLASS, "select": "top", "rest": {"anchors": {"share": 0.4}}},
@@ -40,6 +41,7 @@ RESTS: dict[str, dict[str, Any]] = {
     },
     "average": {"score": CLASS, "select": "top", "rest": {"anchors": {"average": True}}},
     "neighbours": {"score": CLASS, "select": "top", "rest": {"neighbours": {"count": 4}}},
+    "recycle": {"score": CLASS, "select": "top", "rest": {"recycle": {"per_cluster": 2}}},
     "all neighbours": {"score": CLASS, "select": "top", "rest": {"neighbours": {"count": 99}}},
 }
 MERGES: dict[str, dict[str, Any]] = {
@@ -86,9 +88,13 @@ def stages_of(written: dict[str, Any]) -> list[Stage]:
 def test_every_piece_is_here() -> None:
     pieces = {piece.name for made in PIECES.values() for piece in stages_of(made)[0].pieces}
     families = (Scorer, Choice, Rest, Merge, Transform)
-    named = {name for family in families for name in known(family)}
-    # Scored in the decoder.
-    assert pieces == named - {"text_attention"}
+    early = {"encoder.layers", "encoder", "projector"}
+    assert pieces == {
+        name
+        for family in families
+        for name, kind in known(family).items()
+        if early & set(kind.sites) and kind.__module__.startswith("edgevlm.")
+    }
 
 
 @pytest.mark.parametrize("batch", [1, 2])

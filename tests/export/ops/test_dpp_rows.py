@@ -37,6 +37,11 @@ def test_dpp_rows(target: str, count: int) -> None:
     equals_definition(target, kernels(1, 16, seed=count), count)
 
 
+@pytest.mark.parametrize("target", ["ort", "static"])
+def test_several_pictures_of_fixed_number(target: str) -> None:
+    equals_definition(target, kernels(3, 14, seed=4), 6)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_many_rows(seed: int) -> None:
     equals_definition("ort", kernels(1, 120, 100, seed=seed), 60)
