@@ -263,6 +263,14 @@ def _check_needs(spec: VlmSpec, stage: StageOptions, *, is_whole: bool) -> None:
                 f"it looks at layer {layer} of an encoder of {len(spec.vision.layers)}",
                 hint=f"choose from -{len(spec.vision.layers)} to -1",
             )
+        attention = spec.vision.layers[layer].attention
+        is_one = any(getattr(piece, "heads", "each") == "one" for piece in stage.pieces)
+        if is_one and attention.num_heads != attention.num_kv_heads:
+            raise Complaint(
+                f"it takes the heads of layer {layer} as one, and {attention.num_heads} heads of "
+                f"queries share {attention.num_kv_heads} of keys",
+                hint="write heads: each",
+            )
         if spec.vision.layers[layer].mixer != "attention":
             full = [
                 index - len(spec.vision.layers)

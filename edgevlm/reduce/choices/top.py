@@ -106,6 +106,6 @@ class Top(Choice):
             assert grid is not None, "checked when the stage was sized"
             return lattice_rows(grid, self.lattice)
         if self.uniform_share is not None:
-            number = round(self.uniform_share * count)
+            number = max(1, round(self.uniform_share * count))
             return spaced_rows(grid, view.tokens.features.shape[1], number)
         return []

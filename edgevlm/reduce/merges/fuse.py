@@ -177,6 +177,8 @@ class Fuse(Merge):
             evens, odds = list(range(0, num_tokens, 2)), list(range(1, num_tokens, 2))
             members = {row: [row] for row in range(num_tokens)}
             for sources, targets, number in ((evens, odds, to_odd), (odds, evens, to_even)):
+                if number == 0:
+                    continue
                 targets = [row for row in targets if row in members]
                 partner = {row: targets[int(pairs[row, targets].argmax())] for row in sources}
                 order = sorted(sources, key=lambda row: -pairs[row, partner[row]])

@@ -26,6 +26,8 @@ _SKIPPED = (
     "fuse_consecutive_squeeze_unsqueeze",
     "fuse_matmul_add_bias_into_gemm",
     "fuse_qkv",
+    # Two nodes that only change shapes would become a Reshape without a name.
+    "fuse_reshape_family",
     "fuse_transpose_into_gemm",
 )
 _LARGE_BYTES = 1024

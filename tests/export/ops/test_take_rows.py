@@ -36,6 +36,14 @@ def test_take_rows(target: str, count: int, dense: bool) -> None:
 
 
 @FORMS
+@pytest.mark.parametrize("target", ["ort", "static", "tensorrt"])
+def test_no_row_may_be_taken(target: str, dense: bool) -> None:
+    tensors = inputs(1, 0)
+    assert eager(TAKE_ROWS, tensors, dense=dense)[0].shape == (1, 0, 6)
+    assert lowered(TAKE_ROWS, target, tensors, dense=dense)[0].shape == (1, 0, 6)
+
+
+@FORMS
 def test_a_batch_of_any_size(dense: bool) -> None:
     shapes = {"x": ("B", 11, 6), "rows": ("B", 4)}
     graph = op_graph(TAKE_ROWS, inputs(2, 4), shapes=shapes, dense=dense)

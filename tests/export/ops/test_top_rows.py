@@ -33,7 +33,9 @@ def equals_definition(target: str, scores: Tensor, count: int, dense: bool) -> N
 
 @FORMS
 @pytest.mark.parametrize("target", TARGET_NAMES)
-@pytest.mark.parametrize("count", [1, 5, 12, 13], ids=["one", "some", "all but one", "all"])
+@pytest.mark.parametrize(
+    "count", [0, 1, 5, 12, 13], ids=["none", "one", "some", "all but one", "all"]
+)
 def test_top_rows(target: str, count: int, dense: bool) -> None:
     equals_definition(target, seeded(1, 13), count, dense)
 
