@@ -5,28 +5,35 @@ cut late and methods that cut early stand side by side at the same average, `ran
 among them. What a schedule cannot reach is printed with the least that it can. Usage:
 
     python benchmarks/reduction.py --quick
-    python benchmarks/reduction.py --questions 720 --json devices/reports/reduction.json \
-        --plot devices/reports/reduction.svg
+    python benchmarks/reduction.py --questions 720
+    python benchmarks/reduction.py --questions 720 --times \
+        --json devices/reports/reduction.json --plot devices/reports/reduction.svg
 
 `--quick` asks our torch model 180 questions at 25 %. Without it every method is compiled for ONNX
 Runtime at every budget and the bundles are asked; what is done is kept in --work, and a second run
-goes on from there.
+goes on from there. `--times` adds the time to a first token of every bundle, side by side with the
+dense one: for it the machine must have nothing else to do.
+
+What bounds it: at this size of model the products of the encoder, which only merging in its layers
+makes fewer, and the calls of a few hundred small nodes.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from paired import parser, report
+from paired import Timings, parser, report
 
 from edgevlm.cache import StageCache, code_version, default_root, digest
 from edgevlm.checkpoint import load, open_checkpoint
@@ -40,17 +47,24 @@ from edgevlm.plan import recipe_plan
 from edgevlm.progress import Silent
 from edgevlm.recipe import Recipe, parse_recipe
 from edgevlm.reduce.catalogue import method_names
+from edgevlm.reduce.cost import Prompt, prompt_cost
 from edgevlm.reduce.plan import average_tokens
 from edgevlm.samples import Sample, draw_samples, score_answers
 from edgevlm_runtime.bundle import Bundle
+from edgevlm_runtime.engines import ort as engine
 from edgevlm_runtime.image import ImageSpec
 from edgevlm_runtime.session import Session
 from edgevlm_runtime.text import TextSpec, load_tokenizer
 
 PLACE = Path("recipes/reduction.yaml")
 BUDGETS = (0.5, 0.25, 0.11, 0.056)
+BLOCKS, REPEATS = 12, 5
 QUICK_BUDGET, QUICK_QUESTIONS = 0.25, 180
 DENSE = "dense"
+TEXT_ROWS = 64
+"""Rows of text of the prompt whose operations are counted."""
+CHOOSING = ("vision.reduce.", "reduce.", "decoder.cuts.", "vision.merges.")
+"""What the names of nodes that score, choose and move tokens begin with."""
 INT8: dict[str, Any] = {
     "vision": "w8a8",
     "projector": "w8a8",
@@ -69,13 +83,15 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=None)
     options.add_argument("--only", nargs="*", default=None, help="these methods")
     options.add_argument("--work", type=Path, default=Path("build/reduction"))
+    options.add_argument("--times", action="store_true", help="time the bundles, undisturbed")
     options.add_argument("--plot", type=Path, help="write a picture of accuracy and operations")
     arguments = options.parse_args()
     names = arguments.only or [DENSE, *method_names()]
     if arguments.quick:
         rows = list(quick(names, arguments.questions or QUICK_QUESTIONS))
     else:
-        rows = list(compiled(names, arguments.questions or 720, arguments.work))
+        cells = Cells(arguments.work, arguments.questions or 720)
+        rows = list(cells.rows(names, is_timed=arguments.times))
     if arguments.plot is not None:
         from plots import pareto
 
@@ -102,11 +118,22 @@ def recipe_of(method: str, budget: float, *, is_quantized: bool = False) -> Reci
 
 
 def figures_of(recipe: Recipe) -> dict[str, Any]:
-    """What the plan says of a recipe: tokens, and what they cost."""
+    """What the plan says of a recipe: tokens, and what they cost beside the dense model."""
     plan = recipe_plan(recipe)
-    dense = plan.spec.dense_tokens(plan.spec.vision.grids[0])
+    before = plan.spec if plan.spec.reduction is None else recipe_plan(recipe_of(DENSE, 1.0)).spec
+    dense, ours = (
+        prompt_cost(spec, Prompt(grid=spec.vision.grids[0], text_rows=TEXT_ROWS))
+        for spec in (before, plan.spec)
+    )
     average = average_tokens(plan.spec.segments)
-    return {"tokens": average, "share": average / dense}
+    return {
+        "tokens": average,
+        "share": average / before.dense_tokens(before.vision.grids[0]),
+        "macs": ours.total,
+        "macs_share": ours.total / dense.total,
+        "prefill_macs_share": ours.prefill / dense.prefill,
+        "kv_share": ours.kv_numbers / dense.kv_numbers,
+    }
 
 
 def quick(names: Sequence[str], count: int) -> Iterator[dict[str, Any]]:
@@ -185,54 +212,149 @@ class Eager:
         return str(self.tokenizer.decode(tokens))
 
 
-def compiled(names: Sequence[str], count: int, work: Path) -> Iterator[dict[str, Any]]:
-    """Compile every method at every budget, and ask the bundles."""
-    samples = draw_samples(None, split="evaluation", count=count, seed=0)
-    asked = [(name, budget, False) for budget in BUDGETS for name in names if name != DENSE]
-    asked += [(name, 0.25, True) for name in COMBINED if name in names]
-    if DENSE in names:
+class Cells:
+    """Bundles and rows of the table, kept in a folder from one run to the next."""
+
+    def __init__(self, work: Path, count: int) -> None:
+        """Draw the questions."""
+        self.work = work
+        self.samples = draw_samples(None, split="evaluation", count=count, seed=0)
+        self.key = code_version()
+
+    def rows(self, names: Sequence[str], *, is_timed: bool) -> Iterator[dict[str, Any]]:
+        """Compile every method at every budget and ask the bundles; then time them."""
+        asked = [(name, budget, False) for budget in BUDGETS for name in names if name != DENSE]
+        asked += [(name, 0.25, True) for name in COMBINED if name in names]
         asked = [(DENSE, 1.0, False), (DENSE, 1.0, True), *asked]
-    begun, done = time.monotonic(), 0
-    for place, (name, budget, is_quantized) in enumerate(asked, 1):
-        kept = work / f"{name}-{budget:g}{'-int8' if is_quantized else ''}.json"
-        recipe = recipe_of(name, budget, is_quantized=is_quantized)
-        key = digest(code_version(), recipe, count)
-        row = json.loads(kept.read_text()) if kept.exists() else {}
-        if row.get("key") != key:
-            row = {"key": key, "method": name, "budget": budget, "int8": is_quantized}
-            row |= measured(recipe, samples, work)
-            work.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(row, indent=1))
-            done += 1
-            left = (time.monotonic() - begun) / done * (len(asked) - place)
-            print(f"{place} of {len(asked)}, about {left / 60:.0f} min left", file=sys.stderr)
-        yield from shown({name: value for name, value in row.items() if name != "key"})
+        rows = [row for row in self._each(asked, self._measured) for row in shown(row)]
+        if not is_timed:
+            return iter(rows)
+        print("side by side with the dense bundle:")
+        return (row for row in self._each(asked, self._timed) for row in shown(row))
+
+    def _each(
+        self, asked: Sequence[tuple[str, float, bool]], work: Callable[..., dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """What `work` adds to the row of every cell, unless it has done so before."""
+        begun, done = time.monotonic(), 0
+        part = work.__name__
+        for place, (name, budget, is_quantized) in enumerate(asked, 1):
+            cell = f"{name}-{budget:g}{'-int8' if is_quantized else ''}"
+            recipe = recipe_of(name, budget, is_quantized=is_quantized)
+            key, path = digest(self.key, recipe, len(self.samples)), self.work / f"{cell}.json"
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            if kept.get("key") != key:
+                kept = {"key": key, "row": {"method": name, "budget": budget, "int8": is_quantized}}
+            if part not in kept:
+                kept["row"] |= work(recipe, self.work / "bundles" / cell, kept["row"])
+                kept[part] = True
+                self.work.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(kept, indent=1))
+                done += 1
+                left = (time.monotonic() - begun) / done * (len(asked) - place)
+                print(f"{place} of {len(asked)}, about {left / 60:.0f} min left", file=sys.stderr)
+            yield kept["row"]
+
+    def _measured(self, recipe: Recipe, bundle: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Compile a recipe, and ask the bundle."""
+        shutil.rmtree(bundle, ignore_errors=True)
+        bundle.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            figures = figures_of(recipe)
+            compile_recipe(recipe, bundle, cache=StageCache(root=default_root()), progress=Silent())
+        except PassError as error:
+            return {"unreachable": error.message}
+        session = Session(Bundle.open(bundle, "ort"))
+        answers = [
+            session.generate(
+                sample.messages, sample.images, max_new_tokens=64, temperature=0.0
+            ).text
+            for sample in self.samples
+        ]
+        return figures | scored(self.samples, answers)
+
+    def _timed(self, recipe: Recipe, bundle: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Time a bundle and the dense one by turns, with questions about one picture."""
+        if "unreachable" in row:
+            return {}
+        dense = f"{DENSE}-1{'-int8' if row['int8'] else ''}"
+        sessions = {
+            name: Session(Bundle.open(path, "ort"))
+            for name, path in ((DENSE, bundle.with_name(dense)), ("ours", bundle))
+        }
+        single = [sample for sample in self.samples if len(sample.images) == 1][:BLOCKS]
+        ms: dict[str, dict[str, list[list[float]]]] = {
+            part: {name: [] for name in sessions} for part in ("vision", "prefill", "both")
+        }
+        for number, sample in enumerate(single):
+            names = list(sessions) if number % 2 == 0 else list(reversed(sessions))
+            for name in names:
+                found = [first_token(sessions[name], sample) for _ in range(REPEATS + 1)][1:]
+                ms["vision"][name].append([vision for vision, _ in found])
+                ms["prefill"][name].append([prefill for _, prefill in found])
+                ms["both"][name].append([sum(parts) for parts in found])
+        timings = {part: Timings(ms=arrays(by_name)) for part, by_name in ms.items()}
+        return {
+            "vision_ms": timings["vision"].median("ours"),
+            "prefill_ms": timings["prefill"].median("ours"),
+            "first_token_ms": timings["both"].median("ours"),
+            "select_ms": select_ms(bundle, single[:REPEATS]),
+            "vision_speedup": vars_of(timings["vision"]),
+            "prefill_speedup": vars_of(timings["prefill"]),
+            "first_token_speedup": vars_of(timings["both"]),
+        }
 
 
-def measured(recipe: Recipe, samples: Sequence[Sample], work: Path) -> dict[str, Any]:
-    """Compile a recipe, ask the bundle, and throw it away."""
-    bundle = work / "bundle"
-    shutil.rmtree(bundle, ignore_errors=True)
-    try:
-        figures = figures_of(recipe)
-        compile_recipe(recipe, bundle, cache=StageCache(root=default_root()), progress=Silent())
-    except PassError as error:
-        return {"unreachable": error.message}
-    session = Session(Bundle.open(bundle, "ort"))
-    answers, vision, prefill = [], [], []
-    for sample in samples:
-        found = session.generate(sample.messages, sample.images, max_new_tokens=64, temperature=0.0)
-        answers.append(found.text)
-        if len(sample.images) == 1:
-            vision.append(found.timings.vision_ms)
-            prefill.append(found.timings.prefill_ms)
-    shutil.rmtree(bundle)
-    times = {
-        "vision_ms": float(np.median(vision)),
-        "prefill_ms": float(np.median(prefill)),
-        "first_token_ms": float(np.median(np.add(vision, prefill))),
-    }
-    return figures | times | scored(samples, answers)
+def arrays(by_name: Mapping[str, list[list[float]]]) -> dict[str, np.ndarray]:
+    """Lists of blocks as arrays."""
+    return {name: np.array(blocks) for name, blocks in by_name.items()}
+
+
+def vars_of(timings: Timings) -> list[float]:
+    """The dense bundle's time over ours, with its interval."""
+    ratio = timings.paired(DENSE, "ours")
+    return [ratio.value, ratio.low, ratio.high]
+
+
+def first_token(session: Session, sample: Sample) -> tuple[float, float]:
+    """Milliseconds of the pictures and of the prompt, up to a first token."""
+    found = session.generate(sample.messages, sample.images, max_new_tokens=1, temperature=0.0)
+    return found.timings.vision_ms, found.timings.prefill_ms
+
+
+def select_ms(bundle: Path, samples: Sequence[Sample]) -> float:
+    """Milliseconds of the nodes that score, choose and move tokens, a question, in a profile.
+
+    A profile adds some microseconds to every node, so that this is rather too much.
+    """
+    plain = engine.session_options
+    with tempfile.TemporaryDirectory() as folder:
+
+        def profiled(*arguments: Any) -> Any:
+            options = plain(*arguments)
+            options.enable_profiling = True
+            options.profile_file_prefix = f"{folder}/profile"
+            return options
+
+        engine.session_options = profiled
+        try:
+            session = Session(Bundle.open(bundle, "ort"))
+        finally:
+            engine.session_options = plain
+        for sample in samples:
+            first_token(session, sample)
+        # A profile is written as its session goes.
+        del session
+        gc.collect()
+        events = [
+            event
+            for path in Path(folder).iterdir()
+            for event in json.loads(path.read_text())
+            if event.get("name", "").endswith("_kernel_time")
+        ]
+    assert events, "the bundle was run"
+    spent = sum(event["dur"] for event in events if event["name"].startswith(CHOOSING))
+    return float(spent) / 1000 / len(samples)
 
 
 if __name__ == "__main__":

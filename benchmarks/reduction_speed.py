@@ -27,7 +27,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from paired import Timings, measure, parser, report
-from reduction import DENSE, INT8
+from reduction import CHOOSING, DENSE, INT8, TEXT_ROWS
 
 from edgevlm.checkpoint import load, open_checkpoint
 from edgevlm.device import load_device
@@ -43,8 +43,6 @@ from edgevlm_export.targets import TARGETS
 from edgevlm_export.write import WeightFile, write
 from edgevlm_runtime.manifest import TensorSpec
 
-TEXT_ROWS = 64
-CHOOSING = ("vision.reduce.", "reduce.", "decoder.cuts.", "vision.merges.")
 Run = Callable[[], object]
 
 

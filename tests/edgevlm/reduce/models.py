@@ -36,9 +36,12 @@ def joining_spec() -> VlmSpec:
 
 
 def reduced(
-    spec: VlmSpec, *stages: dict[str, Any], method: str | None = None, keep: float | int = 1.0
+    spec: VlmSpec,
+    *stages: dict[str, Any],
+    method: str | None = None,
+    keep: float | int | None = None,
 ) -> VlmSpec:
-    """The spec with a method at a budget, or with stages, as the pass makes it."""
+    """The spec with a method at a budget, or with stages that say what they keep."""
     asked: Sequence[StageOptions]
     if method is None:
         asked = [StageOptions.model_validate(stage) for stage in stages]
