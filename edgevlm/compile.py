@@ -97,6 +97,7 @@ class Job:
             calibration=lambda spec: self._asked(spec).calibration(),
             samples_key=self.asked.calibration_key(),
             progress=progress,
+            folder=recipe.path.parent,
         )
 
     @cached_property

@@ -165,7 +165,7 @@ def make_plan(recipe: Recipe, device: Device, spec: VlmSpec, text_rows: int | No
     recipe says where None.
     """
     targets, target_decisions = choose_targets(recipe, device)
-    context = Context(device=device, targets=targets, seed=recipe.seed)
+    context = Context(device=device, targets=targets, seed=recipe.seed, folder=recipe.path.parent)
     decisions = [_model_decision(recipe, spec), *target_decisions]
     whole = spec
     for step in recipe.passes:

@@ -15,6 +15,7 @@ from edgevlm.model.attention import Watched
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.apply import apply_stage, chosen_rows
 from edgevlm.reduce.lattice import centres
+from edgevlm.reduce.learned import drawn
 from edgevlm.reduce.members import member_places
 from edgevlm.reduce.piece import Site
 from edgevlm.reduce.plan import Stage
@@ -27,12 +28,42 @@ NEVER = -1e9
 """A likeness that softmax makes nothing of."""
 
 
-class StageModule(nn.Module):
+class Learning(nn.Module):
+    """What the pieces of a stage have learned; before training, what that begins with."""
+
+    def __init__(self, stage: Stage, width: int) -> None:
+        """Make every weight for tokens of so many numbers."""
+        super().__init__()
+        device = torch.get_default_device()
+        self.learned = nn.ModuleDict()
+        for piece in stage.pieces:
+            weights = {
+                name: nn.Parameter(
+                    torch.from_numpy(drawn(f"{piece.name}.{name}", weight)).to(device),
+                    requires_grad=False,
+                )
+                for name, weight in piece.weights(width).items()
+            }
+            if weights:
+                self.learned[piece.name] = nn.ParameterDict(weights)
+
+    def taught(self, view: View[Tensor]) -> View[Tensor]:
+        """With the weights of the pieces."""
+        if not len(self.learned):
+            return view
+        held: dict[str, dict[str, Tensor]] = {}
+        for piece, weights in self.learned.items():
+            assert isinstance(weights, nn.ParameterDict)
+            held[piece] = dict(weights.items())
+        return replace(view, learned=held)
+
+
+class StageModule(Learning):
     """One stage, for every patch grid of the model."""
 
-    def __init__(self, stages: Mapping[Grid, Stage]) -> None:
-        """Hold the stage as it was sized for each grid."""
-        super().__init__()
+    def __init__(self, stages: Mapping[Grid, Stage], width: int) -> None:
+        """Hold the stage as it was sized for each grid, for tokens of so many numbers."""
+        super().__init__(next(iter(stages.values())), width)
         self.stages = dict(stages)
 
     def stage(self, grid: Grid | None = None) -> Stage:
@@ -41,7 +72,7 @@ class StageModule(nn.Module):
 
     def forward(self, view: View[Tensor], grid: Grid | None = None) -> VisSeq[Tensor]:
         """The tokens that leave."""
-        return apply_stage(self.stage(grid), view)
+        return apply_stage(self.stage(grid), self.taught(view))
 
 
 def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
@@ -61,8 +92,12 @@ def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
         for grid, _ in reduction.stages
     }
     count = max(len(stages) for stages in by_grid.values())
+    widths = {"encoder": spec.vision.out_width, "projector": spec.decoder.width}
     return nn.ModuleList(
-        StageModule({grid: stages[index] for grid, stages in by_grid.items()})
+        StageModule(
+            {grid: stages[index] for grid, stages in by_grid.items()},
+            widths.get(next(iter(by_grid.values()))[index].at, spec.vision.width),
+        )
         for index in range(count)
     )
 
@@ -289,12 +324,12 @@ class Left:
     tokens: Tensor | None = None
 
 
-class CutModule(nn.Module):
+class CutModule(Learning):
     """A stage between two layers of the decoder, where fewer tokens leave than come."""
 
-    def __init__(self, stage: Stage) -> None:
-        """Hold the stage, which is the same for every grid."""
-        super().__init__()
+    def __init__(self, stage: Stage, width: int) -> None:
+        """Hold the stage, which is the same for every grid, for tokens of so many numbers."""
+        super().__init__(stage, width)
         self.stage = stage
 
     @property
@@ -316,6 +351,7 @@ class CutModule(nn.Module):
         """The rows of the call that go on, and the tokens it makes where it does."""
         stage, call = self.stage, view.call
         assert call is not None
+        view = self.taught(view)
         first, tokens = call.starts[:, None], None
         if not stage.count_out:
             kept = first[:, :0]
@@ -344,4 +380,4 @@ def cut_modules(spec: VlmSpec) -> nn.ModuleList:
     """The stages within the decoder."""
     reduction = spec.reduction
     cuts = () if reduction is None else reduction.cuts
-    return nn.ModuleList(CutModule(stage) for stage in cuts)
+    return nn.ModuleList(CutModule(stage, spec.decoder.width) for stage in cuts)

@@ -44,8 +44,8 @@ class Context:
     `targets` are the forms that it is compiled to. `probe` runs the model on a sample and returns
     its logits; without one, the promise of a lossless pass is not verified. `calibration` draws
     the recipe's calibration samples for a model of a spec, which says how many tokens a picture
-    has; `samples_key` is their hash, and a plan has none. `work` is a folder where a long pass
-    keeps what it has done so far.
+    has; `samples_key` is their hash, and a plan has none. `folder` is the recipe's, which files
+    that a pass names lie in. `work` is a folder where a long pass keeps what it has done so far.
     """
 
     device: Device
@@ -55,6 +55,7 @@ class Context:
     calibration: Callable[[VlmSpec], Sequence[CalibrationCase]] | None = None
     samples_key: str = ""
     progress: Progress = field(default_factory=Silent)
+    folder: Path = Path()
     work: Path | None = None
 
 
@@ -99,6 +100,11 @@ class Pass(Options, ABC):
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that it reads, relative to the recipe."""
+        return ()
 
     @abstractmethod
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:

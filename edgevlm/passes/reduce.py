@@ -77,6 +77,12 @@ class Reduce(Pass):
         description="Where visual tokens stand; absent: as the method says, else they count by "
         "one, or stand where they stood.",
     )
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="A safetensors file with what learned pieces have learned, relative to the "
+        "recipe; absent: what training begins with.",
+    )
     pictures: int = Field(
         2,
         ge=1,
@@ -108,6 +114,11 @@ class Reduce(Pass):
         return data
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The weights."""
+        return () if self.weights is None else (self.weights,)
+
+    @property
     def asked_stages(self) -> tuple[StageOptions, ...]:
         """The stages of the method, or those of the recipe."""
         return self.stages if self.method is None else load_method(self.method).stages
@@ -121,8 +132,10 @@ class Reduce(Pass):
 
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Every stage sized, and what becomes of what it asks."""
+        from edgevlm.model.learned import check_weights
         from edgevlm.reduce.check import decisions_of, problems_of
         from edgevlm.reduce.lacking import needs_dense
+        from edgevlm.reduce.learned import untrained
         from edgevlm.reduce.resolution import reduced
 
         if spec.reduction is not None:
@@ -151,22 +164,30 @@ class Reduce(Pass):
             after = reduced(spec, solve(problem))
             after = replace(after, decoder=_decoder_of(after))
             after = replace(after, image=image_section(after))
+            if self.weights is not None:
+                check_weights(after, context.folder / self.weights)
         except Complaint as complaint:
             raise PassError(complaint.message, name=self.name, hint=complaint.hint) from None
         return Foresight(
             spec=after,
             effect=effect_of(spec, after),
-            decisions=tuple(decisions_of(problem, after, context)),
+            decisions=(
+                *decisions_of(problem, after, context),
+                *untrained(problem.stages, self.weights),
+            ),
         )
 
     def apply(self, model: Vlm, context: Context) -> Change:
         """Put the stages at their sites."""
+        from edgevlm.model.learned import teach
         from edgevlm.reduce.resolution import fit_positions
 
         before = model.spec
         after = self.foresee(before, context).spec
         fit_positions(model, after)
         model.stage(after)
+        if self.weights is not None:
+            teach(model, context.folder / self.weights)
         assert after.reduction is not None
         _, stages = after.reduction.stages[0]
         sites = [site_of(stage) for stage in stages]

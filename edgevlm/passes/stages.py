@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from edgevlm.cache import StageCache, digest
+from edgevlm.cache import StageCache, digest, file_digest
 from edgevlm.model.vlm import Vlm, place
 from edgevlm.passes.base import Applied, Change, Context, Pass, run_pass
 
@@ -38,7 +38,8 @@ def step_key(key: str, step: Pass, context: Context) -> str:
     """The key of a model after one more pass: its options, and what it looks at besides."""
     seen: tuple[object, ...] = (context.device.name, context.device.dtypes, context.targets)
     seen = (*seen, context.device.numeric, context.samples_key) if step.calibrates else ()
-    return digest(key, step.name, step, context.seed, *seen)
+    files = [file_digest(context.folder / name) for name in step.files]
+    return digest(key, step.name, step, context.seed, *seen, *files)
 
 
 def run_stages(

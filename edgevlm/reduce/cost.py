@@ -248,6 +248,7 @@ def _extent(spec: VlmSpec, stage: Stage, prompt: Prompt, rows: Sequence[int]) ->
         layers=_layers(spec, stage, prompt.grid, rows),
         class_row=vision.class_token,
         question=prompt.text_rows,
+        call=0 if stage.layer is None or stage.at != "decoder" else rows[stage.layer - 1],
         encoded=vision.out_width,
         grid_in=stage.grid_in,
         grid_out=stage.grid_out,

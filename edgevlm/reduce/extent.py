@@ -36,7 +36,8 @@ class Extent:
 
     Of `tokens` a group `kept` leave, `extra` of them made of the rest; a token has `width` numbers.
     `layers` are those it looks at, keyed as in a `View`; `class_row` says that they have a class
-    token. `question` are the text rows of the prompt, `encoded` the width of the encoder's
+    token. `question` are the text rows of the prompt, `call` all rows that a stage within the
+    decoder sees, none before it; `encoded` is the width of the encoder's
     features, and `grid_in` and `grid_out` the grids of a transform. `dense` asks for forms without
     TopK and Gather, whose look-ups are products.
     """
@@ -49,10 +50,16 @@ class Extent:
     layers: Mapping[int | str, Layer] = field(default_factory=dict)
     class_row: bool = False
     question: int = 0
+    call: int = 0
     encoded: int = 0
     grid_in: Grid | None = None
     grid_out: Grid | None = None
     dense: bool = False
+
+    @property
+    def text_rows(self) -> int:
+        """Rows among which text is looked for."""
+        return self.call or self.question
 
     def taken_macs(self, count: int, rows: int, width: int) -> int:
         """Multiply-adds of taking `count` of so many rows: none, unless by a one-hot product."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgevlm.reduce.extent import Extent
+    from edgevlm.reduce.learned import Weight
     from edgevlm.reduce.seq import VisSeq
     from edgevlm.reduce.view import View
 
@@ -101,6 +102,10 @@ class Piece(Options):
     def macs(self, extent: Extent) -> int:
         """Multiply-adds of its products; what is no product is not counted."""
         return 0
+
+    def weights(self, width: int) -> Mapping[str, Weight]:
+        """What it has learned, by name, for tokens of so many numbers."""
+        return {}
 
 
 class Scorer(Piece):

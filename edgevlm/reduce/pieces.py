@@ -19,13 +19,14 @@ from edgevlm.reduce.scorers import (
     attention_delta,
     contrast,
     encoder_attention,
+    predictor,
     random,
     text_attention,
 )
 from edgevlm.reduce.transforms import fourier, pool, resize, windows
 
 BUILT_IN = (
-    *(attention_delta, contrast, encoder_attention, random, text_attention),
+    *(attention_delta, contrast, encoder_attention, predictor, random, text_attention),
     *(cover, dpp, facility, pivots, relevant_diverse, spread, top, uniform),
     *(anchors, neighbours, recycle),
     *(bipartite, clusters, fuse),

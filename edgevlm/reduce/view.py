@@ -47,7 +47,8 @@ class View(Generic[ArrayT]):
     tokens are rows of the projector; `squares` [N, m] are the features that each was made of.
     `question` [1, Q, W] and `asked` [1, Q] by kind are the text rows and their weights. `normed`
     [1, T, W] are the rows of a decoder call behind the decoder's last norm, where a piece looks at
-    them. `dense` asks for forms without TopK and Gather.
+    them. `learned` are the weights of pieces that have some, by the names of both. `dense` asks for
+    forms without TopK and Gather.
     """
 
     tokens: VisSeq[ArrayT]
@@ -58,7 +59,15 @@ class View(Generic[ArrayT]):
     asked: Mapping[str, ArrayT] = field(default_factory=dict)
     call: Call[ArrayT] | None = None
     normed: ArrayT | None = None
+    learned: Mapping[str, Mapping[str, ArrayT]] = field(default_factory=dict)
     dense: bool = False
+
+    def text(self, query: str) -> tuple[ArrayT, ArrayT]:
+        """Rows [1, Q, W] among which those of some weight [1, Q] are the text that asks."""
+        if self.call is not None:
+            return self.call.rows, self.call.weights[query]
+        assert self.question is not None, "a stage that looks at the question is shown it"
+        return self.question, self.asked[query]
 
 
 def unit(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from tests.runtime.bundles import write_manifest
 
 CAPACITY = 224
 TARGET_NAMES = ("ort", "static")
-GRAPHS = ("picture", "picture_160", "picture_192", "step", "step_1", "step_8")
+GRAPHS = ("picture", "picture_1_160", "picture_2_192", "step", "step_1", "step_8")
 _RECIPE = parse_recipe(
     "model: a/b\ndevice: host-cpu\ntargets: [ort, static]\n"
     f"context: {{capacity: {CAPACITY}}}\npasses: []\n"

@@ -69,9 +69,8 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 
 
 def cut_model(name: str, keep: float = 0.6) -> Vlm:
-    """A model of four layers with the stages of a method, at a budget if one of them asks for it."""
-    asks = any(str(stage.get("keep", "budget")).startswith("budget") for stage in STAGES[name])
-    return model_of(staged(deep_spec(), *STAGES[name], keep=keep if asks else None))
+    """A model of four layers with the stages of a method."""
+    return model_of(staged(deep_spec(), *STAGES[name], keep=keep))
 
 
 def logits_of(model: Vlm, given: Asked) -> np.ndarray:
