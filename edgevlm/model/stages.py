@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edgevlm.model.attention import Watched
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.apply import apply_stage, chosen_rows
+from edgevlm.reduce.extent import extent_of
 from edgevlm.reduce.lattice import centres
 from edgevlm.reduce.learned import drawn
 from edgevlm.reduce.members import member_places
@@ -31,8 +32,8 @@ NEVER = -1e9
 class Learning(nn.Module):
     """What the pieces of a stage have learned; before training, what that begins with."""
 
-    def __init__(self, stage: Stage, width: int) -> None:
-        """Make every weight for tokens of so many numbers."""
+    def __init__(self, stage: Stage, spec: VlmSpec) -> None:
+        """Make every weight for the sizes of a model."""
         super().__init__()
         device = torch.get_default_device()
         self.learned = nn.ModuleDict()
@@ -42,28 +43,30 @@ class Learning(nn.Module):
                     torch.from_numpy(drawn(f"{piece.name}.{name}", weight)).to(device),
                     requires_grad=False,
                 )
-                for name, weight in piece.weights(width).items()
+                for name, weight in piece.weights(extent_of(spec, stage)).items()
             }
             if weights:
                 self.learned[piece.name] = nn.ParameterDict(weights)
+
+    def weights_of(self, piece: str) -> Mapping[str, Tensor]:
+        """The weights of a piece."""
+        weights = self.learned[piece]
+        assert isinstance(weights, nn.ParameterDict)
+        return dict(weights.items())
 
     def taught(self, view: View[Tensor]) -> View[Tensor]:
         """With the weights of the pieces."""
         if not len(self.learned):
             return view
-        held: dict[str, dict[str, Tensor]] = {}
-        for piece, weights in self.learned.items():
-            assert isinstance(weights, nn.ParameterDict)
-            held[piece] = dict(weights.items())
-        return replace(view, learned=held)
+        return replace(view, learned={piece: self.weights_of(piece) for piece in self.learned})
 
 
 class StageModule(Learning):
     """One stage, for every patch grid of the model."""
 
-    def __init__(self, stages: Mapping[Grid, Stage], width: int) -> None:
-        """Hold the stage as it was sized for each grid, for tokens of so many numbers."""
-        super().__init__(next(iter(stages.values())), width)
+    def __init__(self, stages: Mapping[Grid, Stage], spec: VlmSpec) -> None:
+        """Hold the stage as it was sized for each grid of a model."""
+        super().__init__(next(iter(stages.values())), spec)
         self.stages = dict(stages)
 
     def stage(self, grid: Grid | None = None) -> Stage:
@@ -92,12 +95,8 @@ def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
         for grid, _ in reduction.stages
     }
     count = max(len(stages) for stages in by_grid.values())
-    widths = {"encoder": spec.vision.out_width, "projector": spec.decoder.width}
     return nn.ModuleList(
-        StageModule(
-            {grid: stages[index] for grid, stages in by_grid.items()},
-            widths.get(next(iter(by_grid.values()))[index].at, spec.vision.width),
-        )
+        StageModule({grid: stages[index] for grid, stages in by_grid.items()}, spec)
         for index in range(count)
     )
 
@@ -327,9 +326,9 @@ class Left:
 class CutModule(Learning):
     """A stage between two layers of the decoder, where fewer tokens leave than come."""
 
-    def __init__(self, stage: Stage, width: int) -> None:
-        """Hold the stage, which is the same for every grid, for tokens of so many numbers."""
-        super().__init__(stage, width)
+    def __init__(self, stage: Stage, spec: VlmSpec) -> None:
+        """Hold the stage, which is the same for every grid of a model."""
+        super().__init__(stage, spec)
         self.stage = stage
 
     @property
@@ -380,4 +379,4 @@ def cut_modules(spec: VlmSpec) -> nn.ModuleList:
     """The stages within the decoder."""
     reduction = spec.reduction
     cuts = () if reduction is None else reduction.cuts
-    return nn.ModuleList(CutModule(stage, spec.decoder.width) for stage in cuts)
+    return nn.ModuleList(CutModule(stage, spec) for stage in cuts)

@@ -135,7 +135,7 @@ class Reduce(Pass):
         from edgevlm.model.learned import check_weights
         from edgevlm.reduce.check import decisions_of, problems_of
         from edgevlm.reduce.lacking import needs_dense
-        from edgevlm.reduce.learned import untrained
+        from edgevlm.reduce.learned import check_learned, untrained
         from edgevlm.reduce.resolution import reduced
 
         if spec.reduction is not None:
@@ -164,6 +164,7 @@ class Reduce(Pass):
             after = reduced(spec, solve(problem))
             after = replace(after, decoder=_decoder_of(after))
             after = replace(after, image=image_section(after))
+            check_learned(after)
             if self.weights is not None:
                 check_weights(after, context.folder / self.weights)
         except Complaint as complaint:

@@ -12,7 +12,7 @@ from edgevlm.reduce.choices import (
     top,
     uniform,
 )
-from edgevlm.reduce.merges import bipartite, clusters, fuse
+from edgevlm.reduce.merges import bipartite, clusters, fuse, registers, resample
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, named, plugins
 from edgevlm.reduce.rests import anchors, neighbours, recycle
 from edgevlm.reduce.scorers import (
@@ -29,7 +29,7 @@ BUILT_IN = (
     *(attention_delta, contrast, encoder_attention, predictor, random, text_attention),
     *(cover, dpp, facility, pivots, relevant_diverse, spread, top, uniform),
     *(anchors, neighbours, recycle),
-    *(bipartite, clusters, fuse),
+    *(bipartite, clusters, fuse, registers, resample),
     *(fourier, pool, resize, windows),
 )
 plugins()

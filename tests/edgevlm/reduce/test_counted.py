@@ -101,6 +101,10 @@ DECODERS = {
         "{at: decoder, layer: 3, keep: 6, score: {text_attention: {query: raters}}, select: top, "
         "rest: {recycle: {per_cluster: 2}}, place: repack}",
     ],
+    "predicted": [
+        "{at: decoder, layer: 2, keep: 6, score: {predictor: {width: 16, heads: 2, query: text}}, "
+        "select: top}"
+    ],
     "pivots, then a difference of layers": [
         "{at: decoder, layer: 1, keep: 10, select: {pivots: {visual: 2, text: 3}}}",
         "{at: decoder, layer: 3, keep: 4, score: attention_delta, select: top}",
@@ -214,6 +218,11 @@ ENCODERS = {
         "{at: encoder, keep: 9, transform: fourier}",
         "{at: projector, keep: 7, select: spread}",
         "{at: projector, keep: 5, select: facility}",
+    ],
+    "queries that look at tokens": ["{at: encoder, keep: 4, merge: resample}"],
+    "registers, predicted by the question": [
+        "{at: encoder, keep: 9, merge: {registers: {heads: 4}}}",
+        "{at: projector, keep: 4, score: {predictor: {width: 16, query: question}}, select: top}",
     ],
     "means, then cover": [
         "{at: encoder, keep: 9, transform: elastic}",
