@@ -22,6 +22,7 @@ from edgevlm.passes import Context, Reduce, run_pass
 from edgevlm.reduce.apply import apply_stage
 from edgevlm.reduce.extent import extent_of
 from edgevlm.reduce.scorers.predictor import Predictor
+from edgevlm.sizes import learned_bytes
 from tests.edgevlm.reduce.deep import deep_spec
 from tests.edgevlm.reduce.early import GRID, NUM_TOKENS, WIDTH, stage, taught, views
 from tests.edgevlm.reduce.models import joining_spec, llava_spec, reduced
@@ -307,3 +308,12 @@ def test_a_predictor_within_the_decoder_has_its_weights_there() -> None:
     twin = ours["prefill.cuts.0.learned.predictor.embed"]
     assert twin is ours["decoder.cuts.0.learned.predictor.embed"]
     assert twin.shape == (64, 512)
+
+
+def test_a_plan_counts_what_stages_learned() -> None:
+    """A predictor of a row of 64, and registers with an attention in each of two layers."""
+    spec = reduced(llava_spec(), REGISTERS, PREDICTED)
+    model = drawn(spec)
+    numbers = sum(weight.numel() for _, weight in learned_weights(model))
+    assert learned_bytes(spec) == 4 * numbers
+    assert learned_bytes(llava_spec()) == 0
