@@ -89,16 +89,20 @@ def weight_bytes(spec: VlmSpec, *roots: str) -> int:
 
 
 def learned_bytes(spec: VlmSpec) -> int:
-    """Bytes of what the stages of a reduction have learned, which is float32."""
+    """Bytes of what a reduction has learned, which is float32."""
     if spec.reduction is None:
         return 0
     _, stages = spec.reduction.stages[0]
-    return 4 * sum(
+    numbers = sum(
         math.prod(weight.shape)
         for stage in stages
         for piece in stage.pieces
         for weight in piece.weights(extent_of(spec, stage)).values()
     )
+    if spec.reduction.fusion is not None:
+        layer = spec.decoder.layers[0]
+        numbers += spec.reduction.fusion.layers * _layer(layer, spec.decoder.width)
+    return int(4 * numbers)
 
 
 def table_bytes(spec: VlmSpec) -> int:

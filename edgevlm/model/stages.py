@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.model.attention import Watched
+from edgevlm.model.fusion import Fusion
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.apply import apply_stage, chosen_rows
 from edgevlm.reduce.extent import extent_of
@@ -105,12 +106,13 @@ def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
 class Seen:
     """What a vision encoder makes of pictures, with what later stages may look at.
 
-    `tokens` are the features [N, rows, out_width]; `probes` the queries and keys of the layers that
-    stages look at.
+    `tokens` are the features [N, rows, out_width], `whole` those before stages behind the encoder;
+    `probes` the queries and keys of the layers that stages look at.
     """
 
     tokens: VisSeq[Tensor]
     probes: Mapping[int | str, Probe[Tensor]]
+    whole: VisSeq[Tensor]
 
 
 def probe_of(
@@ -207,8 +209,12 @@ def project(
     seen: Seen,
     grid: Grid,
     question: Asking | None,
+    fusion: Fusion | None = None,
 ) -> VisSeq[Tensor]:
-    """What a vision encoder saw in pictures of a grid, as rows of the decoder [N, tokens, W]."""
+    """What a vision encoder saw in pictures of a grid, as rows of the decoder [N, tokens, W].
+
+    With a `fusion` the rows of text come along, which have seen the pictures.
+    """
     encoded, merge = seen.tokens, spec.projector.merge
     here = encoded.grid or grid
     rows = projector(encoded.features, here)
@@ -231,7 +237,13 @@ def project(
         question=None if question is None else question.rows,
         asked={} if question is None else question.weights,
     )
-    return run_stages(stages, view, grid)
+    found = run_stages(stages, view, grid)
+    if fusion is None:
+        return found
+    assert question is not None, "where text is fused there is text"
+    whole = rows if seen.whole is encoded else projector(seen.whole.features, grid)
+    fused = fusion(whole, found.features, question.rows, question.weights["text"])
+    return replace(found, features=fused.tokens, text=fused.text)
 
 
 def token_offsets(spec: VlmSpec, grid: Grid, tokens: VisSeq[Tensor]) -> Tensor:

@@ -213,7 +213,8 @@ class Vision(nn.Module):
         else:
             tokens = self._in_raster(x, grid)
         view = View(tokens=tokens, probes=rows.probes, registers=registers)
-        return Seen(tokens=run_stages(self.reduce, view, grid), probes=rows.probes)
+        left = run_stages(self.reduce, view, grid)
+        return Seen(tokens=left, probes=rows.probes, whole=tokens)
 
     def entered(self, pixels: Tensor, tables: GridTables | None, grid: Grid) -> VisionRows:
         """Rows as they come to the first layer."""

@@ -172,6 +172,22 @@ def vision_macs(spec: VlmSpec, grid: Grid) -> int:
     return total
 
 
+def _fused_macs(spec: VlmSpec, grid: Grid) -> int:
+    """Multiply-adds of the layers that see a picture and text before the decoder.
+
+    With them those of counting the rows of text.
+    """
+    assert spec.reduction is not None
+    fusion, decoder = spec.reduction.fusion, spec.decoder
+    if fusion is None:
+        return 0
+    whole = _whole_features(spec, grid) // spec.projector.merge**2
+    rows = whole + spec.image_tokens(grid) + fusion.rows
+    layers = fusion.layers * layer_macs(decoder.layers[0], decoder.width, rows, rows)
+    places = len(decoder.rope.inv_freq) * fusion.rows * rows if spec.reduction.dense else 0
+    return layers + fusion.rows**2 + 2 * places
+
+
 def _registers(spec: VlmSpec, grid: Grid) -> list[tuple[Stage, Registers]]:
     """The stage that takes registers, and they themselves."""
     stages = _stages(spec, grid, "encoder")
@@ -197,9 +213,24 @@ def encoder_rows(spec: VlmSpec, grid: Grid) -> list[tuple[int, int]]:
 
 def projector_macs(spec: VlmSpec, grid: Grid) -> int:
     """Multiply-adds of the projector for one picture of a grid."""
+    before = _stages(spec, grid, "encoder")
+    whole = _whole_features(spec, grid)
+    total = _projected(spec, before[-1].count_out if before else whole)
+    if before and spec.reduction is not None and spec.reduction.fusion is not None:
+        # What stages took away is seen all the same.
+        total += _projected(spec, whole)
+    return total
+
+
+def _whole_features(spec: VlmSpec, grid: Grid) -> int:
+    """Rows that the layers of the encoder leave."""
+    before = _stages(spec, grid, "input", "encoder.layers")
+    return before[-1].count_out if before else spec.patch_tokens(grid)
+
+
+def _projected(spec: VlmSpec, features: int) -> int:
+    """Multiply-adds of projecting so many features."""
     projector = spec.projector
-    before = _stages(spec, grid, "input", "encoder.layers", "encoder")
-    features = before[-1].count_out if before else spec.patch_tokens(grid)
     rows, width = features // projector.merge**2, projector.in_width * projector.merge**2
     if not projector.hidden_width:
         return rows * width * projector.out_width
@@ -227,6 +258,7 @@ def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
         elif stage.count_out not in (0, stage.count_in):
             # A cut that takes all or nothing has nothing to choose.
             total += macs + _projected_macs(stage, extent)
+    total += prompt.groups * _fused_macs(spec, prompt.grid)
     return total + _rater_macs(spec, prompt, rows)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgevlm.model.spec import VlmSpec
+    from edgevlm.reduce.fusion import FusionOptions
     from edgevlm.reduce.options import StageOptions
 
 __all__ = ["Weight", "drawn", "learned", "numpy_learned"]
@@ -85,8 +86,24 @@ def check_learned(spec: VlmSpec) -> None:
                     )
 
 
-def untrained(stages: Sequence[StageOptions], file: str | None) -> Iterator[Decision]:
+def untrained(
+    stages: Sequence[StageOptions], fusion: FusionOptions | None, file: str | None
+) -> Iterator[Decision]:
     """What becomes of learned pieces for which no weights are given."""
+    if fusion is not None:
+        yield Decision(
+            asked=f"fusion of text and pictures in {fusion.layers} layers",
+            outcome="degraded",
+            reason="text comes in a fixed number of rows",
+            effect=f"the last {fusion.rows} rows of a prompt's text are fused, others stay",
+        )
+    if fusion is not None and file is None:
+        yield Decision(
+            asked="what the fusion learned",
+            outcome="degraded",
+            reason="no weights are given",
+            effect="it is as training begins with it; write weights: FILE.safetensors",
+        )
     for number, stage in enumerate(stages, 1):
         names = [piece.name for piece in stage.pieces if piece.is_learned]
         if names and file is None:

@@ -173,6 +173,10 @@ class Merge(Piece):
 
     is_ordered: ClassVar[bool] = False
 
+    def fit(self, num_tokens: int, count: int) -> int:
+        """How many of so many tokens can leave, where a budget has room for `count`."""
+        return count
+
     def check(self, num_tokens: int, count: int) -> None:
         """Raise Complaint where so many tokens cannot become so few."""
 

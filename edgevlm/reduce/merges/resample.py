@@ -61,6 +61,10 @@ class Resample(Merge):
         """Tokens on a whole grid."""
         return frozenset({"grid"})
 
+    def fit(self, num_tokens: int, count: int) -> int:
+        """The largest square."""
+        return count if count == num_tokens else math.isqrt(count) ** 2
+
     def check(self, num_tokens: int, count: int) -> None:
         """Queries lie on a square."""
         side = math.isqrt(count)

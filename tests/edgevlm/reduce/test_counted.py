@@ -224,6 +224,9 @@ ENCODERS = {
         "{at: encoder, keep: 9, merge: {registers: {heads: 4}}}",
         "{at: projector, keep: 4, score: {predictor: {width: 16, query: question}}, select: top}",
     ],
+    "text that sees the picture": [
+        "{at: encoder, keep: 4, merge: {resample: {heads: 4}}}], fusion: {layers: 2}"
+    ],
     "means, then cover": [
         "{at: encoder, keep: 9, transform: elastic}",
         "{at: projector, keep: 4, select: cover}",
@@ -233,7 +236,9 @@ ENCODERS = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_picture(name: str, tmp_path: Path) -> None:
-    passes = f"passes: [{{reduce: {{stages: [{', '.join(ENCODERS[name])}]}}}}]\n"
+    stages = ", ".join(ENCODERS[name])
+    closing = "" if "fusion" in stages else "]"
+    passes = f"passes: [{{reduce: {{stages: [{stages}{closing}}}}}]\n"
     # A static vision graph is shown 64 rows of the question, where it is shown any.
     plan = planned(passes, deep_spec(), text_rows=64)
     found = products(written(plan, plan.variants[0].graphs[0], tmp_path))
