@@ -84,11 +84,24 @@ class Layer(nn.Module):
         self.mlp = (GatedMlp if spec.mlp.gated else PlainMlp)(width, spec.mlp)
 
     def forward(
-        self, x: Tensor, keys: KeySource, between: Callable[[Tensor], Tensor] | None = None
+        self,
+        x: Tensor,
+        keys: KeySource,
+        between: Callable[[Tensor], Tensor] | None = None,
+        weights: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
-        """Map [B, T, W] to [B, T, W]; `between` may make rows fewer after attention."""
-        x = x + self.attention(self.norm1(x), keys)
+        """Map [B, T, W] to [B, T, W]; `between` may make rows fewer after attention.
+
+        `weights` [B, T, 1] are how much rows get of what attention and MLP add, None for all of it.
+        The MLP sees what attention added whole.
+        """
+        added = self.attention(self.norm1(x), keys)
+        inner = x + added
         if between is not None:
-            x = between(x)
-        out: Tensor = x + self.mlp(self.norm2(x))
+            inner = between(inner)
+        more: Tensor = self.mlp(self.norm2(inner))
+        by_attention, by_mlp = weights
+        if by_attention is not None:
+            inner = x + by_attention * added
+        out: Tensor = inner + (more if by_mlp is None else by_mlp * more)
         return out

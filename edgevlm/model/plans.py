@@ -117,12 +117,12 @@ def _rope_inputs(spec: VlmSpec, rows: int) -> list[TensorSpec]:
 
 def _picture_inputs(spec: VlmSpec, rows: int | str, pictures: int | str) -> list[TensorSpec]:
     """Where visual tokens stand, and which rows ask about them."""
-    cuts = () if spec.reduction is None else spec.reduction.cuts
+    deep = () if spec.reduction is None else (*spec.reduction.cuts, *spec.reduction.skips)
     found = [
         TensorSpec(name="picture_rows", dtype="int64", shape=(pictures,), source="picture_rows"),
         TensorSpec(name="last_row", dtype="int64", shape=(1,), source="last_row"),
     ]
-    for kind in asked_kinds(cuts):
+    for kind in asked_kinds(deep):
         found.append(_float(f"asks_{kind}", (1, rows), f"row_weights:{kind}"))
     return found
 

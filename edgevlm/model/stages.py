@@ -324,11 +324,11 @@ class Left:
     tokens: Tensor | None = None
 
 
-class CutModule(Learning):
-    """A stage between two layers of the decoder, where fewer tokens leave than come."""
+class DeepModule(Learning):
+    """A stage within the decoder, which is the same for every grid."""
 
     def __init__(self, stage: Stage, width: int) -> None:
-        """Hold the stage, which is the same for every grid, for tokens of so many numbers."""
+        """Hold the stage, for tokens of so many numbers."""
         super().__init__(stage, width)
         self.stage = stage
 
@@ -346,6 +346,10 @@ class CutModule(Learning):
     def looks_normed(self) -> bool:
         """Whether it looks at rows as the decoder's last norm makes them."""
         return any(piece.looks_normed for piece in self.stage.pieces)
+
+
+class CutModule(DeepModule):
+    """A stage between two layers of the decoder, where fewer tokens leave than come."""
 
     def forward(self, view: View[Tensor]) -> Left:
         """The rows of the call that go on, and the tokens it makes where it does."""

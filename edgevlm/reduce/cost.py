@@ -210,10 +210,14 @@ def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
             # Pictures are made smaller before they are a graph's.
             continue
         extent = _extent(spec, stage, prompt, rows)
-        macs = sum(piece.macs(extent) for piece in stage.pieces)
+        pieces, passes_all = stage.pieces, stage.count_out == stage.count_in
+        if stage.skip is not None and passes_all:
+            # All pass, and are weighed by their scores.
+            pieces = (stage.score, stage.skip)
+        macs = sum(piece.macs(extent) for piece in pieces)
         if stage.at != "decoder":
             total += prompt.groups * (macs + _moved_macs(stage, extent))
-        elif stage.count_out not in (0, stage.count_in):
+        elif stage.skip is not None or not (passes_all or stage.count_out == 0):
             # A cut that takes all or nothing has nothing to choose.
             total += macs + _projected_macs(stage, extent)
     return total + _rater_macs(spec, prompt, rows)
@@ -248,12 +252,18 @@ def _extent(spec: VlmSpec, stage: Stage, prompt: Prompt, rows: Sequence[int]) ->
         layers=_layers(spec, stage, prompt.grid, rows),
         class_row=vision.class_token,
         question=prompt.text_rows,
-        call=0 if stage.layer is None or stage.at != "decoder" else rows[stage.layer - 1],
+        call=_seen_rows(stage, rows) if stage.at == "decoder" else 0,
         encoded=vision.out_width,
         grid_in=stage.grid_in,
         grid_out=stage.grid_out,
         dense=spec.reduction.dense,
     )
+
+
+def _seen_rows(stage: Stage, rows: Sequence[int]) -> int:
+    """Rows that a stage within the decoder sees: all of them, where some only skip a layer."""
+    assert stage.layer is not None
+    return rows[0 if stage.skip is not None else stage.layer - 1]
 
 
 def _layers(
@@ -263,7 +273,7 @@ def _layers(
     vision, decoder = spec.vision, spec.decoder
     if stage.at == "decoder":
         assert stage.layer is not None
-        deep, seen = decoder.layers, rows[stage.layer - 1]
+        deep, seen = decoder.layers, _seen_rows(stage, rows)
         return {
             name: Layer(attention=deep[index].attention, rows=seen, width=decoder.width)
             for name, index in (("own", stage.layer), ("previous", stage.layer - 1))
