@@ -347,10 +347,10 @@ def _skipped_at(parts: Sequence[Stage]) -> tuple[str, str]:
     first, last = parts[0], parts[-1]
     few, many = (least(part.count_out for part in parts) for least in (min, max))
     passing = f"{few} to {many}" if few != many else str(few)
+    number = "one layer" if len(parts) == 1 else f"each of {len(parts)} layers"
     return (
-        f"decoder.layers.{first.layer} to {last.layer}",
-        f"{passing} of {first.count_in} tokens pass each of {len(parts)} layers, and the others "
-        "skip it",
+        f"decoder.layers.{first.layer}" + (f" to {last.layer}" if len(parts) > 1 else ""),
+        f"{passing} of {first.count_in} tokens pass {number}, and the others skip it",
     )
 
 

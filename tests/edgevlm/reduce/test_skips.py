@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from edgevlm.model.learned import check_weights, learned_weights, teach
 from edgevlm.model.skips import Passing, SkipModule
 from edgevlm.model.spec import RopeSpec
 from edgevlm.model.vlm import Vlm
@@ -217,6 +220,40 @@ def test_positions_of_three_axes_go_with_their_rows() -> None:
     # On all axes alike they are those of one.
     want = Reference(model).run(given)
     np.testing.assert_allclose(got.numpy(), want, atol=TOLERANCE, rtol=0)
+
+
+@PICTURES
+@pytest.mark.parametrize("name", ["p-MoD", "VideoLLM-MoD"])
+def test_choosing_without_sorting_changes_no_bit(name: str, num_pictures: int) -> None:
+    """The form for processors that lack TopK."""
+    spec = staged(deep_spec(), STAGES[name])
+    assert spec.reduction is not None
+    ((grid, stages),) = spec.reduction.stages
+    dense = tuple(dataclasses.replace(stage, dense=True) for stage in stages)
+    other = dataclasses.replace(spec.reduction, stages=((grid, dense),), dense=True)
+    given = asked(model_of(spec), num_pictures, answer=ANSWER)
+    got = logits_of(model_of(dataclasses.replace(spec, reduction=other)), given)
+    np.testing.assert_array_equal(got, logits_of(model_of(spec), given))
+
+
+def test_a_file_holds_every_router_by_its_layer(tmp_path: Path) -> None:
+    """Taught, a model is the one that was saved."""
+    model = skip_model("p-MoD")
+    weights = dict(learned_weights(model))
+    assert sorted(weights) == [
+        f"decoder.skips.{number}.learned.router.{part}"
+        for number in range(3)
+        for part in ("bias", "row")
+    ]
+    file = tmp_path / "routers.safetensors"
+    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, file)
+    other = skip_model("p-MoD")
+    set_routers(other, 0.0, 0.0)
+    given = asked(model, 1, answer=ANSWER)
+    assert np.abs(logits_of(other, given) - logits_of(model, given)).max() > 0.01
+    check_weights(model.spec, file)
+    teach(other, file)
+    np.testing.assert_array_equal(logits_of(other, given), logits_of(model, given))
 
 
 @pytest.mark.parametrize("name", sorted(known(Skip)))
