@@ -208,10 +208,11 @@ class StageOptions(Options):
                     key=key,
                 )
         for piece in self.pieces:
-            if piece.looks_back:
+            if piece.looks_back or piece.looks_here or piece.looks_normed:
                 raise Complaint(
-                    f"{piece.name!r} looks at the layer before, which other tokens have passed",
-                    hint="select: top",
+                    f"{piece.name!r} looks at more than tokens and their scores, and other tokens "
+                    "pass each layer",
+                    hint="write select: top",
                     key="select",
                 )
 

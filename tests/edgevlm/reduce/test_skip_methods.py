@@ -281,8 +281,9 @@ START = "at: decoder\nscore: router\nselect: top\n"
         ),
         (
             "at: decoder\nscore: router\nselect: pivots\nschedule: cosine\nskip: reweighted\n",
-            "stage.yaml:3:1: 'pivots' looks at the layer before, which other tokens have passed\n"
-            "  hint: select: top",
+            "stage.yaml:3:1: 'pivots' looks at more than tokens and their scores, and other tokens "
+            "pass each layer\n"
+            "  hint: write select: top",
         ),
         (
             "at: projector\nselect: top\nscore: router\n",
