@@ -86,8 +86,8 @@ class Stage:
 class Segment:
     """Decoder layers from `first` to `end` - 1, which see `tokens` visual tokens of a picture.
 
-    They keep their state in the group `group`. `is_packed` says that positions are counted anew at
-    its beginning.
+    They keep their state in the group `group`, which segments share that see as many rows, be it
+    others in each. `is_packed` says that positions are counted anew at its beginning.
     """
 
     group: str
@@ -180,19 +180,31 @@ class Reduction:
 
 
 def _skipped_segments(skips: Sequence[Stage], num_layers: int, tokens: int) -> tuple[Segment, ...]:
-    """A segment for every layer that tokens skip, which are others in each, and for dense runs."""
+    """A segment for every layer that tokens skip, which are others in each, and for dense runs.
+
+    A state group is named by the first layer that as many tokens pass.
+    """
     passing = {skip.layer: skip.count_out for skip in skips}
     begins = [layer for layer in range(num_layers) if {layer, layer - 1} & passing.keys()]
     firsts = [0, *(layer for layer in begins if layer > 0)]
+    groups: dict[int | None, str] = {None: MAIN}
     return tuple(
         Segment(
-            group=f"from_{first}" if first else MAIN,
+            group=groups.setdefault(passing.get(first), f"from_{first}"),
             first=first,
             end=end,
             tokens=passing.get(first, tokens),
         )
         for first, end in zip(firsts, [*firsts[1:], num_layers], strict=True)
     )
+
+
+def state_segments(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """The first segment of every state group."""
+    found: dict[str, Segment] = {}
+    for segment in segments:
+        found.setdefault(segment.group, segment)
+    return tuple(found.values())
 
 
 def average_tokens(segments: Sequence[Segment]) -> float:

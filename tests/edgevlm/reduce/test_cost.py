@@ -113,8 +113,9 @@ def test_a_schedule_that_skips(root: Path) -> None:
     assert f"{sum(ratios) / LAYERS:.4f}" == "0.5375"
     tokens = published(root, "p-mod").tokens
     assert list(tokens.layers) == [math.trunc(576 * ratio) for ratio in ratios]
-    # Every such layer has a state of its own, and a product for every token of the picture.
+    # Every such layer has rows of its own, and a product for every token of the picture.
     assert [part.end - part.first for part in tokens.segments] == [8] + [1] * 24
+    assert len({part.group for part in tokens.segments}) == 1 + 16 + 1
     assert tokens.cost.choosing == 24 * 576 * 4096
 
 

@@ -12,6 +12,7 @@ import pytest
 from edgevlm.device import load_device
 from edgevlm.document import parse_text
 from edgevlm.errors import PassError, RecipeError
+from edgevlm.model.plans import delta_plan, step_states
 from edgevlm.model.spec import VlmSpec
 from edgevlm.passes.base import Context, Foresight
 from edgevlm.passes.reduce import Reduce
@@ -37,13 +38,13 @@ def runs(spec: VlmSpec) -> list[tuple[str, int, int, int]]:
 
 
 def test_p_mod_as_published() -> None:
-    """Layers 0 to 7 are dense, and every later one has a state of its own."""
+    """Layers 0 to 7 are dense; those at the floor share a state."""
     after = foreseen(llava(), method="p_mod")
     shares = [max(math.cos(math.pi * layer / 31) / 2 + 0.5, 0.15) for layer in range(8, 32)]
     assert runs(after.spec) == [
         ("main", 0, 7, 576),
         *(
-            (f"from_{layer}", layer, layer, math.trunc(576 * share))
+            (f"from_{min(layer, 24)}", layer, layer, math.trunc(576 * share))
             for layer, share in enumerate(shares, 8)
         ),
     ]
@@ -66,22 +67,38 @@ def test_videollm_mod_skips_every_second_layer() -> None:
     after = foreseen(llava(), method="videollm_mod")
     assert runs(after.spec) == [
         ("main", 0, 0, 576),
-        *((f"from_{layer}", layer, layer, 115 if layer % 2 else 576) for layer in range(1, 32)),
+        *(
+            ("from_1" if layer % 2 else "main", layer, layer, 115 if layer % 2 else 576)
+            for layer in range(1, 32)
+        ),
     ]
     assert after.decisions[0].effect == (
         "115 of 576 tokens pass each of 16 layers, and the others skip it"
     )
 
 
-def test_dense_layers_side_by_side_share_a_state() -> None:
+def test_layers_that_as_many_tokens_pass_share_a_state() -> None:
     spec = staged(deep_spec(8), skipping("gated", {"every": {"step": 3, "first": 2}}, keep=9))
     assert runs(spec) == [
         ("main", 0, 1, 36),
         ("from_2", 2, 2, 9),
-        ("from_3", 3, 4, 36),
-        ("from_5", 5, 5, 9),
-        ("from_6", 6, 7, 36),
+        ("main", 3, 4, 36),
+        ("from_2", 5, 5, 9),
+        ("main", 6, 7, 36),
     ]
+
+
+def test_state_has_a_group_for_every_number_of_rows() -> None:
+    """Capacities differ by what skips, and every layer is in one group."""
+    spec = staged(deep_spec(6), skipping("gated", {"every": {"step": 2}}, keep=9))
+    for form in ("inplace", "delta"):
+        groups = step_states(spec, 100, form)
+        assert [(group.name, group.capacity) for group in groups] == [("main", 100), ("from_1", 73)]
+        layers = [sorted({tensor.layer for tensor in group.tensors}) for group in groups]
+        assert layers == [[0, 2, 4], [1, 3, 5]]
+    # Graphs give the state back layer by layer.
+    outputs = [tensor.name for tensor in delta_plan(spec, 100, 8).outputs]
+    assert outputs[1:] == [f"new_{part}.{layer}" for layer in range(6) for part in ("key", "value")]
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.4, 0.5375, 0.8, 0.98])
