@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from edgevlm.model.spec import VlmSpec
 from edgevlm.reduce.cost import Cost, Prompt, prompt_cost, visual_tokens
-from edgevlm.reduce.plan import Grid
+from edgevlm.reduce.plan import Grid, state_segments
 from edgevlm_runtime.images.spec import ImageSpec, TiledGeometry
 
 __all__ = ["SegmentPlan", "TokenPlan", "dropped_rows", "largest_picture", "token_plan"]
@@ -153,7 +153,7 @@ def _is_packed(spec: VlmSpec, grid: Grid) -> bool:
 
 def dropped_rows(spec: VlmSpec) -> dict[str, int]:
     """Rows of a picture that never reach a state group; empty where all layers see all."""
-    first, *deep = spec.segments
+    first, *deep = state_segments(spec.segments)
     return {segment.group: first.tokens - segment.tokens for segment in deep}
 
 

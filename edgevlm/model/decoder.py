@@ -1,4 +1,4 @@
-"""The decoder: layers over rows, and between layers the stages that take visual tokens away."""
+"""The decoder: layers over rows, and the stages that take visual tokens away or let them skip."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from edgevlm.model.attention import TurnedSource, Watched, unpacked
 from edgevlm.model.layers import Layer
 from edgevlm.model.norms import build_norm
+from edgevlm.model.skips import SkipModule, with_passed
 from edgevlm.model.spec import DecoderSpec
-from edgevlm.model.stages import CutModule, Pictures, probe_of, visual_tokens, with_tokens
+from edgevlm.model.stages import (
+    CutModule,
+    DeepModule,
+    Pictures,
+    probe_of,
+    visual_tokens,
+    with_tokens,
+)
 from edgevlm.reduce.seq import Probe
 from edgevlm.reduce.view import View
 from edgevlm_export.ops import logits
@@ -42,7 +50,10 @@ class Rows:
 
 
 class Decoder(nn.Module):
-    """Layers, norm and head, and the stages between layers that take visual tokens away."""
+    """Layers, norm and head, and the stages that take visual tokens away or let them skip layers.
+
+    `cuts` stand between layers, `skips` in one each.
+    """
 
     def __init__(self, spec: DecoderSpec) -> None:
         """Build the layers as their specs say."""
@@ -52,6 +63,7 @@ class Decoder(nn.Module):
         self.norm = build_norm(spec.width, spec.norm)
         self.head: nn.Module = Head(spec.width, spec.vocab_size, bias=False)
         self.cuts = nn.ModuleList()
+        self.skips = nn.ModuleList()
 
     def forward(
         self,
@@ -77,7 +89,7 @@ class Decoder(nn.Module):
     def entered(self, x: Tensor, logit_rows: Tensor | None, pictures: Pictures | None) -> Rows:
         """Rows as they come to the first layer."""
         cuts = [cut.stage for cut in self.cuts if isinstance(cut, CutModule)]
-        if not cuts:
+        if not cuts and not len(self.skips):
             pictures = None
         if pictures is not None and any("raters" in cut.queries for cut in cuts):
             pictures = pictures.with_raters(x, cuts[0].count_in)
@@ -89,6 +101,10 @@ class Decoder(nn.Module):
         assert isinstance(layer, Layer)
         if rows.pictures is None:
             return replace(rows, x=layer(rows.x, source))
+        for skip in self.skips:
+            assert isinstance(skip, SkipModule)
+            if skip.stage.layer == index:
+                return replace(rows, x=self._passed(skip, index, rows, keys))
         cut, following = self._cut_before(index), self._cut_before(index + 1)
         if cut is not None:
             rows = self._narrowed(cut, index, rows, keys)
@@ -101,6 +117,24 @@ class Decoder(nn.Module):
         tables = source.angles.cos, source.angles.sin
         before = probe_of(layer.spec.attention, watched.q, watched.k, angles=tables)
         return replace(rows, x=x, before=before)
+
+    def _passed(
+        self, skip: SkipModule, index: int, rows: Rows, keys: Sequence[TurnedSource]
+    ) -> Tensor:
+        """Rows [1, T, W] behind a layer that some of them skip, at the positions they have."""
+        layer, source, pictures = self.layers[index], keys[index], rows.pictures
+        assert isinstance(layer, Layer)
+        assert pictures is not None
+        # The first layer sees all rows, and turns them as they stand.
+        tables = keys[0].angles.cos, keys[0].angles.sin
+        found = skip(self._view(skip, index, rows, pictures, tables))
+        source.angles.follow(tables, found.rows)
+        weights = found.attention, found.mlp
+        if found.rows is None:
+            whole: Tensor = layer(rows.x, source, weights=weights)
+            return whole
+        passed = layer(rows.x.index_select(1, found.rows), source, weights=weights)
+        return with_passed(found.skipped, found.rows, passed)
 
     def _cut_before(self, index: int) -> CutModule | None:
         """The stage before a layer, if one stands there."""
@@ -135,7 +169,7 @@ class Decoder(nn.Module):
 
     def _view(
         self,
-        cut: CutModule,
+        cut: DeepModule,
         index: int,
         rows: Rows,
         pictures: Pictures,

@@ -89,15 +89,23 @@ class Layer(nn.Module):
         keys: KeySource,
         between: Callable[[Tensor], Tensor] | None = None,
         given: Callable[[Tensor], Tensor] | None = None,
+        weights: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
         """Map [B, T, W] to [B, T, W].
 
         `given` may change what attention gives before it is added, `between` may make rows fewer
-        behind.
+        behind. `weights` [B, T, 1] are how much rows get of what attention and MLP add, None for
+        all of it; the MLP sees what attention added whole.
         """
-        mixed = self.attention(self.norm1(x), keys)
-        x = x + (mixed if given is None else given(mixed))
+        added = self.attention(self.norm1(x), keys)
+        if given is not None:
+            added = given(added)
+        inner = x + added
         if between is not None:
-            x = between(x)
-        out: Tensor = x + self.mlp(self.norm2(x))
+            inner = between(inner)
+        more: Tensor = self.mlp(self.norm2(inner))
+        by_attention, by_mlp = weights
+        if by_attention is not None:
+            inner = x + by_attention * added
+        out: Tensor = inner + (more if by_mlp is None else by_mlp * more)
         return out

@@ -14,7 +14,7 @@ import numpy as np
 from edgevlm.errors import ModelError
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.fusion import FusionOptions
-from edgevlm.reduce.plan import MAIN, Segment, Stage
+from edgevlm.reduce.plan import MAIN, Segment, Stage, state_segments
 from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
 from edgevlm_runtime.manifest import StateGroup, StateTensor, TensorSpec
@@ -89,7 +89,7 @@ def inplace_plan(
         lengths.append(
             TensorSpec(name=f"total_sequence_length{end}", dtype="int32", shape=(), source=total)
         )
-    state = [tensor for group in groups for tensor in group.tensors]
+    state = _by_layer(groups)
     return GraphPlan(
         name=name,
         inputs=(
@@ -118,7 +118,7 @@ def _suffix(group: str) -> str:
 def _rope_inputs(spec: VlmSpec, rows: int) -> list[TensorSpec]:
     """The rotary tables, and those of segments that count positions anew."""
     found = []
-    for segment in spec.segments:
+    for segment in state_segments(spec.segments):
         if segment.group == MAIN or segment.is_packed:
             end = "" if segment.group == MAIN else f":{segment.group}"
             shape = (rows, len(spec.decoder.rope.inv_freq))
@@ -130,12 +130,12 @@ def _rope_inputs(spec: VlmSpec, rows: int) -> list[TensorSpec]:
 
 def _picture_inputs(spec: VlmSpec, rows: int | str, pictures: int | str) -> list[TensorSpec]:
     """Where visual tokens stand, and which rows ask about them."""
-    cuts = () if spec.reduction is None else spec.reduction.cuts
+    deep = () if spec.reduction is None else (*spec.reduction.cuts, *spec.reduction.skips)
     found = [
         TensorSpec(name="picture_rows", dtype="int64", shape=(pictures,), source="picture_rows"),
         TensorSpec(name="last_row", dtype="int64", shape=(1,), source="last_row"),
     ]
-    for kind in asked_kinds(cuts):
+    for kind in asked_kinds(deep):
         found.append(_float(f"asks_{kind}", (1, rows), f"row_weights:{kind}"))
     return found
 
@@ -179,15 +179,17 @@ def delta_plan(
             hint=f"lower the context to at most {window} tokens, or choose a target with windows",
         )
     groups = step_states(spec, capacity, "delta")
-    masks, news = [], []
-    for group, segment in zip(groups, spec.segments, strict=True):
+    masks, rows_of = [], dict[str, int]()
+    for group, segment in zip(groups, state_segments(spec.segments), strict=True):
         rows = num_rows - (pictures or 0) * (spec.segments[0].tokens - segment.tokens)
         shape = (1, 1, rows, group.capacity + rows)
         masks.append(_float(f"attn_mask{_suffix(group.name)}", shape, f"mask:{group.name}"))
-        news += [
-            _state_output(tensor, (*tensor.shape[:2], rows, tensor.shape[3]))
-            for tensor in group.tensors
-        ]
+        rows_of |= {tensor.name: rows for tensor in group.tensors}
+    state = _by_layer(groups)
+    news = [
+        _state_output(tensor, (*tensor.shape[:2], rows_of[tensor.name], tensor.shape[3]))
+        for tensor in state
+    ]
     wanted = 1 if pictures else num_logit_rows(num_rows)
     return GraphPlan(
         name=f"step_{num_rows}" if pictures is None else f"picture_{pictures}_{num_rows}",
@@ -197,7 +199,7 @@ def delta_plan(
             *masks,
             TensorSpec(name="logit_rows", dtype="int64", shape=(wanted,), source="logit_rows"),
             *(_picture_inputs(spec, num_rows, pictures) if pictures else ()),
-            *(_state_input(tensor) for group in groups for tensor in group.tensors),
+            *(_state_input(tensor) for tensor in state),
         ),
         outputs=(_float("logits", (1, wanted, decoder.vocab_size)), *news),
     )
@@ -209,15 +211,22 @@ def num_logit_rows(num_rows: int) -> int:
 
 
 def step_states(spec: VlmSpec, capacity: int, form: str) -> tuple[StateGroup, ...]:
-    """The state of a form of step, one group for each run of layers that see the same rows.
+    """The state of a form of step, one group for each run of layers that see as many rows.
 
     `capacity` is that of the first. The others have less room by what is taken from one picture.
     """
     state = inplace_state if form == "inplace" else delta_state
     dense = spec.segments[0].tokens
     return tuple(
-        state(spec, capacity - (dense - segment.tokens), segment) for segment in spec.segments
+        state(spec, capacity - (dense - segment.tokens), segment)
+        for segment in state_segments(spec.segments)
     )
+
+
+def _by_layer(groups: Iterable[StateGroup]) -> list[StateTensor]:
+    """The tensors of some groups as a decoder meets them."""
+    tensors = [tensor for group in groups for tensor in group.tensors]
+    return sorted(tensors, key=lambda tensor: -1 if tensor.layer is None else tensor.layer)
 
 
 def inplace_state(spec: VlmSpec, capacity: int, segment: Segment | None = None) -> StateGroup:
@@ -234,8 +243,9 @@ def delta_state(spec: VlmSpec, capacity: int, segment: Segment | None = None) ->
 def _state(
     spec: VlmSpec, capacity: int, kind: str, name: str, output: str, segment: Segment | None
 ) -> StateGroup:
-    """Keys and values of the layers of a segment, of the first where none is named."""
+    """Keys and values of the layers of a segment's group, of the first where none is named."""
     segment = spec.segments[0] if segment is None else segment
+    here = [part for part in spec.segments if part.group == segment.group]
     return StateGroup(
         name=segment.group,
         capacity=capacity,
@@ -250,7 +260,7 @@ def _state(
                 layer=index,
             )
             for index, layer in enumerate(spec.decoder.layers)
-            if segment.first <= index < segment.end
+            if any(part.first <= index < part.end for part in here)
             for part in ("key", "value")
         ),
     )

@@ -335,8 +335,8 @@ class Left:
     tokens: Tensor | None = None
 
 
-class CutModule(Learning):
-    """A stage between two layers of the decoder, where fewer tokens leave than come."""
+class DeepModule(Learning):
+    """A stage within the decoder, which is the same for every grid."""
 
     def __init__(self, stage: Stage, spec: VlmSpec) -> None:
         """Hold the stage, which is the same for every grid of a model."""
@@ -357,6 +357,10 @@ class CutModule(Learning):
     def looks_normed(self) -> bool:
         """Whether it looks at rows as the decoder's last norm makes them."""
         return any(piece.looks_normed for piece in self.stage.pieces)
+
+
+class CutModule(DeepModule):
+    """A stage between two layers of the decoder, where fewer tokens leave than come."""
 
     def forward(self, view: View[Tensor]) -> Left:
         """The rows of the call that go on, and the tokens it makes where it does."""

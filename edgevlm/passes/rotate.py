@@ -63,6 +63,7 @@ class Rotate(Pass):
         parts = []
         decoder = spec.decoder
         if "decoder" in self.components:
+            _check_stages(spec)
             for site, layer in _layers(spec, "decoder"):
                 for number, norm in enumerate((layer.norm1, layer.norm2), start=1):
                     _check_kind(f"{site}.norm{number}", norm.kind)
@@ -127,6 +128,27 @@ def _layers(spec: VlmSpec, part: str) -> Iterator[tuple[str, LayerSpec]]:
     layers = spec.vision.layers if part == "vision" else spec.decoder.layers
     for index, layer in enumerate(layers):
         yield f"{part}.layers.{index}", layer
+
+
+def _check_stages(spec: VlmSpec) -> None:
+    """What stages have learned is about the rows as they are."""
+    reduction = spec.reduction
+    if reduction is not None and reduction.fusion is not None:
+        raise PassError(
+            "the fusion before the decoder has learned to read rows that are not rotated",
+            name=Rotate.name,
+            hint="leave decoder out of components",
+        )
+    for _, stages in () if reduction is None else reduction.stages:
+        for stage in stages:
+            names = [piece.name for piece in stage.pieces if piece.is_learned]
+            if names and stage.at in ("projector", "decoder"):
+                raise PassError(
+                    f"{names[0]!r} of stage {stage.number} has learned to read rows that are not "
+                    "rotated",
+                    name=Rotate.name,
+                    hint="leave decoder out of components",
+                )
 
 
 def _check_kind(site: str, kind: str) -> None:

@@ -16,12 +16,14 @@ from edgevlm.reduce.lacking import refusal, without_sorting
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import blocks, span
 from edgevlm.reduce.resolution import check_resolution
+from edgevlm.reduce.skipping import check_alone, possible_layers
 from edgevlm.reduce.solve import Problem, layer_of
 from edgevlm_runtime.images.spec import ImageSpec
 
 if TYPE_CHECKING:
     from edgevlm.model.spec import VlmSpec
     from edgevlm.passes.base import Context
+    from edgevlm.reduce.plan import Stage
 
 MIXERS = ("attention",)
 
@@ -30,6 +32,7 @@ def problems_of(problem: Problem) -> None:
     """Raise Complaint for the first stage that this model has no place for."""
     spec, stages = problem.spec, problem.stages
     is_whole, is_packed = True, False
+    check_alone(stages)
     for number, stage in enumerate(stages, 1):
         try:
             _check_site(spec, stage)
@@ -97,11 +100,16 @@ def _check_positions(problem: Problem) -> None:
 def _check_site(spec: VlmSpec, stage: StageOptions) -> None:
     """A stage needs tokens that can be taken one by one where it stands."""
     if stage.at == "decoder":
-        layer = layer_of(stage, len(spec.decoder.layers))
-        for index, later in enumerate(spec.decoder.layers[layer:], layer):
-            if later.mixer not in MIXERS:
+        num_layers = len(spec.decoder.layers)
+        narrow: Sequence[int] = range(layer_of(stage, num_layers), num_layers)
+        if stage.skip is not None:
+            # The layers between those that tokens skip see all rows.
+            narrow = possible_layers(stage, num_layers)
+        for index in narrow:
+            mixer = spec.decoder.layers[index].mixer
+            if mixer not in MIXERS:
                 raise Complaint(
-                    f"decoder.layers.{index} is {later.mixer!r}, whose state stands for rows in "
+                    f"decoder.layers.{index} is {mixer!r}, whose state stands for rows in "
                     "their order",
                     hint="put the stage at projector, before the decoder",
                 )
@@ -332,6 +340,9 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
         first, last = parts[0], parts[-1]
         what = "+".join(piece.name for piece in options.pieces)
         site = f"decoder.layers.{last.layer}" if last.at == "decoder" else last.at
+        effect = f"{first.count_in} tokens become {last.count_out}"
+        if options.skip is not None:
+            site, effect = _skipped_at(parts)
         asked = f"stage {number}, {what} at {site}"
         refused = refusal(asked, options, context)
         if refused is not None:
@@ -341,7 +352,7 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
             asked=asked,
             outcome="applied",
             reason=f"class {max(piece.static_class for piece in options.pieces)}",
-            effect=f"{first.count_in} tokens become {last.count_out}",
+            effect=effect,
         )
         if options.score is not None and not after.vision.class_token:
             by, instead = (getattr(options.score, key, None) for key in ("by", "instead"))
@@ -352,7 +363,8 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
                     reason="this encoder has none",
                     effect="tokens are scored by the attention they get from all patches",
                 )
-    if any("question" in stage.needs or stage.at == "decoder" for stage in stages):
+    # A router sees tokens, which see no question that stands behind them.
+    if any("question" in x.needs or (x.at == "decoder" and x.skip is None) for x in stages):
         yield Decision(
             asked="turns after the first",
             outcome="degraded",
@@ -360,6 +372,18 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
             effect="a session chooses anew for every prompt; a decoder that is extended keeps the "
             "tokens of its first question",
         )
+
+
+def _skipped_at(parts: Sequence[Stage]) -> tuple[str, str]:
+    """The layers that tokens skip, and how many pass them."""
+    first, last = parts[0], parts[-1]
+    few, many = (least(part.count_out for part in parts) for least in (min, max))
+    passing = f"{few} to {many}" if few != many else str(few)
+    number = "one layer" if len(parts) == 1 else f"each of {len(parts)} layers"
+    return (
+        f"decoder.layers.{first.layer}" + (f" to {last.layer}" if len(parts) > 1 else ""),
+        f"{passing} of {first.count_in} tokens pass {number}, and the others skip it",
+    )
 
 
 def _span_of(spec: VlmSpec) -> str:

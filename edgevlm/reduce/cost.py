@@ -252,10 +252,14 @@ def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
             # Pictures are made smaller before they are a graph's.
             continue
         extent = _extent(spec, stage, prompt, rows)
-        macs = sum(piece.macs(extent) for piece in stage.pieces)
+        pieces, passes_all = stage.pieces, stage.count_out == stage.count_in
+        if stage.skip is not None and passes_all:
+            # All pass, and are weighed by their scores.
+            pieces = (stage.score, stage.skip)
+        macs = sum(piece.macs(extent) for piece in pieces)
         if stage.at != "decoder":
             total += prompt.groups * (macs + _moved_macs(stage, extent))
-        elif stage.count_out not in (0, stage.count_in):
+        elif stage.skip is not None or not (passes_all or stage.count_out == 0):
             # A cut that takes all or nothing has nothing to choose.
             total += macs + _projected_macs(stage, extent)
     total += prompt.groups * _fused_macs(spec, prompt.grid)
@@ -285,8 +289,14 @@ def _extent(spec: VlmSpec, stage: Stage, prompt: Prompt, rows: Sequence[int]) ->
         groups=prompt.groups if is_deep else 1,
         layers=_layers(spec, stage, prompt.grid, rows),
         question=prompt.text_rows,
-        call=rows[stage.layer - 1] if is_deep and stage.layer is not None else 0,
+        call=_seen_rows(stage, rows) if is_deep else 0,
     )
+
+
+def _seen_rows(stage: Stage, rows: Sequence[int]) -> int:
+    """Rows that a stage within the decoder sees: all of them, where some only skip a layer."""
+    assert stage.layer is not None
+    return rows[0 if stage.skip is not None else stage.layer - 1]
 
 
 def _layers(
@@ -296,7 +306,7 @@ def _layers(
     vision, decoder = spec.vision, spec.decoder
     if stage.at == "decoder":
         assert stage.layer is not None
-        deep, seen = decoder.layers, rows[stage.layer - 1]
+        deep, seen = decoder.layers, _seen_rows(stage, rows)
         return {
             name: Layer(attention=deep[index].attention, rows=seen, width=decoder.width)
             for name, index in (("own", stage.layer), ("previous", stage.layer - 1))

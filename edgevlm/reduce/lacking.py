@@ -54,7 +54,8 @@ def refusal(asked: str, stage: StageOptions, context: Context) -> Decision | Non
     if not missing:
         return None
     piece, ops = missing[0]
-    what = "rows are taken between layers" if piece is None else f"{piece.name!r} works"
+    cut = "rows are taken between layers" if stage.skip is None else "rows skip layers"
+    what = cut if piece is None else f"{piece.name!r} works"
     return Decision(
         asked=asked,
         outcome="refused",
@@ -83,6 +84,8 @@ def _ops_of(kind: type[Piece]) -> tuple[str, ...]:
 
 def _instead(piece: Piece | None, stage: StageOptions, lacking: tuple[str, ...]) -> str:
     """What would work there, as a remedy."""
+    if piece is None and stage.skip is not None:
+        return "take tokens away at projector, or choose another device"
     if piece is None:
         return "put the stage at projector, or choose another device"
     family = next(base for base in (Scorer, Choice, Rest, Merge) if isinstance(piece, base))

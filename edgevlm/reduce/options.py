@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from edgevlm.document import Complaint, Options, show
-from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Transform
-from edgevlm.reduce.pieces import ChoiceField, MergeField, RestField, ScorerField, TransformField
+from edgevlm.reduce.piece import Choice, Merge, Rest, Schedule, Scorer, Site, Skip, Transform
+from edgevlm.reduce.pieces import (
+    ChoiceField,
+    MergeField,
+    RestField,
+    ScheduleField,
+    ScorerField,
+    SkipField,
+    TransformField,
+)
 
 __all__ = ["Keep", "StageOptions"]
 
@@ -55,12 +63,16 @@ if TYPE_CHECKING:
     AnyRest = Rest
     AnyMerge = Merge
     AnyTransform = Transform
+    AnySkip = Skip
+    AnySchedule = Schedule
 else:
     AnyScorer = ScorerField
     AnyChoice = ChoiceField
     AnyRest = RestField
     AnyMerge = MergeField
     AnyTransform = TransformField
+    AnySkip = SkipField
+    AnySchedule = ScheduleField
 
 VERBS = ("select", "merge", "transform")
 
@@ -78,6 +90,9 @@ class StageOptions(Options):
     depth: float | None = Field(
         None, gt=0, lt=1, description="The same as a share of the decoder's layers."
     )
+    schedule: AnySchedule | None = Field(
+        None, description="Of the decoder, where tokens skip: the layers that they may skip."
+    )
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None,
         min_length=1,
@@ -91,6 +106,11 @@ class StageOptions(Options):
     score: AnyScorer | None = Field(None, description="How much each token matters.")
     select: AnyChoice | None = Field(None, description="Which tokens are kept.")
     rest: AnyRest | None = Field(None, description="What the others become; absent: nothing.")
+    skip: AnySkip | None = Field(
+        None,
+        description="The others are not dropped, but skip the layers of the schedule: what becomes "
+        "of them, and of those that pass.",
+    )
     merge: AnyMerge | None = Field(None, description="Which tokens become one.")
     transform: AnyTransform | None = Field(None, description="A constant map of the grid.")
     place: Literal["keep", "repack"] | None = Field(
@@ -110,16 +130,23 @@ class StageOptions(Options):
                 f"a stage has one of {', '.join(VERBS)}, got {' and '.join(verbs) or 'none'}",
                 hint="write one stage for each" if verbs else "add select: uniform, or another",
             )
-        for key, wanted in (("score", "select"), ("rest", "select")):
-            if data.get(key) is not None and verbs != [wanted]:
-                raise Complaint(f"{key} goes with {wanted}", hint=f"remove {key}", key=key)
+        for key in ("score", "rest", "skip"):
+            if data.get(key) is not None and verbs != ["select"]:
+                raise Complaint(f"{key} goes with select", hint=f"remove {key}", key=key)
+        if data.get("schedule") is not None and data.get("skip") is None:
+            raise Complaint(
+                "schedule is for tokens that skip layers, and here they are dropped",
+                hint="add skip: reweighted, or write layer: 8",
+                key="schedule",
+            )
         return data
 
     @model_validator(mode="after")
     def _stands_somewhere(self) -> StageOptions:
         is_deep = self.at == "decoder"
+        self._check_skip()
         given = [key for key in ("layer", "depth") if getattr(self, key) is not None]
-        if is_deep and len(given) != 1:
+        if is_deep and self.skip is None and len(given) != 1:
             raise Complaint(
                 "a stage of the decoder names one of layer and depth",
                 hint="write layer: 8, or depth: 0.25",
@@ -140,6 +167,54 @@ class StageOptions(Options):
                     key="at",
                 )
         return self
+
+    def _check_skip(self) -> None:
+        """Tokens that skip layers come back to their places, and are scored by what can weigh."""
+        if self.skip is None or self.at != "decoder":
+            return
+        name, schedule = self.skip.name, self.schedule
+        for key in ("layer", "depth"):
+            if getattr(self, key) is not None:
+                raise Complaint(
+                    f"tokens skip the layers of a schedule, and {key} is where they are dropped",
+                    hint=f"remove {key}",
+                    key=key,
+                )
+        if schedule is None:
+            raise Complaint(
+                f"{name!r} lets tokens skip layers, and no schedule says which",
+                hint="add schedule: {every: {step: 2}}, or schedule: cosine",
+                key="skip",
+            )
+        if schedule.says_share and self.keep != "budget":
+            raise Complaint(
+                f"{schedule.name!r} says itself how many tokens pass a layer",
+                hint="remove keep, or write schedule: {every: {step: 2}}",
+                key="keep",
+            )
+        if self.score is None or self.score.name not in self.skip.scorers:
+            given = "the stage has none" if self.score is None else f"got {self.score.name!r}"
+            raise Complaint(
+                f"{name!r} weighs tokens by the scores of a router, and {given}",
+                hint=f"score by {' or '.join(self.skip.scorers)}",
+                key="skip" if self.score is None else "score",
+            )
+        for key, value in (("rest", self.rest), ("place", self.place == "repack" or None)):
+            if value is not None:
+                raise Complaint(
+                    f"tokens that skip a layer come back to their places behind it, and {key} is "
+                    "for those that are dropped",
+                    hint=f"remove {key}",
+                    key=key,
+                )
+        for piece in self.pieces:
+            if piece.looks_back or piece.looks_here or piece.looks_normed:
+                raise Complaint(
+                    f"{piece.name!r} looks at more than tokens and their scores, and other tokens "
+                    "pass each layer",
+                    hint="write select: top",
+                    key="select",
+                )
 
     def _check_encoder_layers(self) -> None:
         """Layers of the encoder are for stages in it, which read them in order."""
@@ -190,8 +265,19 @@ class StageOptions(Options):
     @property
     def pieces(self) -> tuple[Any, ...]:
         """Its pieces."""
-        found = (self.score, self.select, self.rest, self.merge, self.transform)
+        found = (self.score, self.select, self.rest, self.skip, self.merge, self.transform)
         return tuple(piece for piece in found if piece is not None)
+
+    @property
+    def asks_budget(self) -> bool:
+        """Whether what it keeps is solved for a budget, where there is one."""
+        is_said = self.schedule is not None and self.schedule.says_share and self.schedule.is_fixed
+        return isinstance(self.keep, str) and not is_said
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it knows what to keep where there is no budget."""
+        return self.schedule is not None and self.schedule.says_share
 
     @property
     def needs(self) -> frozenset[str]:

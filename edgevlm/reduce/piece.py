@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from edgevlm.reduce.learned import Weight
     from edgevlm.reduce.seq import VisSeq
     from edgevlm.reduce.view import View
+    from edgevlm.reduce.weighing import Weighing
 
 __all__ = ["Piece", "Scorer", "StaticClass", "named", "plugins"]
 
@@ -217,6 +218,50 @@ class Transform(Piece):
     @abstractmethod
     def matrix(self, old: int, new: int) -> np.ndarray:
         """The map [new, old] float64 along one side; both sides are mapped, one after the other."""
+
+
+class Skip(Piece):
+    """What a layer makes of the tokens that pass it, and of those that skip it.
+
+    It goes by the scores that choose which pass; `scorers` are those it can weigh with.
+    """
+
+    static_class: ClassVar[StaticClass] = "S1"
+    sites: ClassVar[tuple[Site, ...]] = ("decoder",)
+    scorers: ClassVar[tuple[str, ...]] = ("router",)
+
+    @abstractmethod
+    def torch(self, scores: Tensor) -> Weighing[Tensor]:
+        """How much tokens of scores [P, N] get of what the layer adds."""
+
+    @abstractmethod
+    def numpy(self, scores: np.ndarray) -> Weighing[np.ndarray]:
+        """The twin of `torch`."""
+
+
+class Schedule(Piece):
+    """Which layers of the decoder tokens may skip.
+
+    One that `says_share` says too how many pass each, for a budget or, where it `is_fixed`, without
+    one; otherwise these are as many as the stage keeps.
+    """
+
+    sites: ClassVar[tuple[Site, ...]] = ("decoder",)
+    says_share: ClassVar[bool] = False
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether its shares are given, and no budget can change them."""
+        return not self.says_share
+
+    @abstractmethod
+    def shares(self, num_layers: int, x: float | None) -> Mapping[int, float | None]:
+        """The layers, never the first, each with the share of tokens that passes it, if it says so.
+
+        `x` is the unknown of a budget: more layers may be skipped where it is 0 than elsewhere, and
+        most tokens pass where it is 1. None is for what was published. Complaint where there is no
+        such layer.
+        """
 
 
 def plugins() -> None:

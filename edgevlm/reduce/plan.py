@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.reduce.fusion import FusionOptions
-from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Transform
+from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Skip, Transform
 from edgevlm.reduce.positions import PositionOptions
 
 __all__ = ["Reduction", "Segment", "Stage"]
@@ -28,9 +28,10 @@ class Stage:
 
     `number` is that of the stage as it was written, from 1. `layer` is the layer it stands before
     in the decoder, or in which it stands in the encoder: a merge in front of its MLP, a transform
-    behind it. `extra` of the tokens that leave are made by `rest`. `grid_in` and `grid_out` are
-    there where tokens lie on a whole grid. `place` is `keep` or `repack`. `dense` asks for forms
-    without TopK and Gather.
+    behind it. With `skip` it stands in a layer of the decoder, which `count_out` tokens pass, and
+    behind it all are there again. `extra` of the tokens that leave are made by `rest`. `grid_in`
+    and `grid_out` are there where tokens lie on a whole grid. `place` is `keep` or `repack`.
+    `dense` asks for forms without TopK and Gather.
     """
 
     at: Site
@@ -45,6 +46,7 @@ class Stage:
     rest: Rest | None = None
     merge: Merge | None = None
     transform: Transform | None = None
+    skip: Skip | None = None
     extra: int = 0
     number: int = 1
     dense: bool = False
@@ -52,7 +54,7 @@ class Stage:
     @property
     def pieces(self) -> tuple[Any, ...]:
         """Its pieces, in the order in which they work."""
-        found = (self.score, self.select, self.rest, self.merge, self.transform)
+        found = (self.score, self.select, self.rest, self.skip, self.merge, self.transform)
         return tuple(piece for piece in found if piece is not None)
 
     @property
@@ -85,8 +87,8 @@ class Stage:
 class Segment:
     """Decoder layers from `first` to `end` - 1, which see `tokens` visual tokens of a picture.
 
-    They keep their state in the group `group`. `is_packed` says that positions are counted anew at
-    its beginning.
+    They keep their state in the group `group`, which segments share that see as many rows, be it
+    others in each. `is_packed` says that positions are counted anew at its beginning.
     """
 
     group: str
@@ -136,8 +138,15 @@ class Reduction:
 
     @property
     def cuts(self) -> tuple[Stage, ...]:
-        """The stages within the decoder, which are the same for every grid."""
-        return self.of(self.stages[0][0], "decoder")
+        """The stages between layers of the decoder, which are the same for every grid."""
+        deep = self.of(self.stages[0][0], "decoder")
+        return tuple(stage for stage in deep if stage.skip is None)
+
+    @property
+    def skips(self) -> tuple[Stage, ...]:
+        """The stages in layers of the decoder that some tokens skip, the same for every grid."""
+        deep = self.of(self.stages[0][0], "decoder")
+        return tuple(stage for stage in deep if stage.skip is not None)
 
     def tokens(self, grid: Grid, dense: int) -> int:
         """Visual tokens of a picture that enter the decoder, of `dense` before any stage."""
@@ -153,6 +162,8 @@ class Reduction:
         first_cut = cuts[0].layer if cuts else num_layers
         assert first_cut is not None
         tokens = self.tokens(self.stages[0][0], dense)
+        if self.skips:
+            return _skipped_segments(self.skips, num_layers, tokens)
         found = [Segment(group=MAIN, first=0, end=first_cut, tokens=tokens)]
         for place, cut in enumerate(cuts):
             assert cut.layer is not None
@@ -169,6 +180,34 @@ class Reduction:
                 )
             )
         return tuple(found)
+
+
+def _skipped_segments(skips: Sequence[Stage], num_layers: int, tokens: int) -> tuple[Segment, ...]:
+    """A segment for every layer that tokens skip, which are others in each, and for dense runs.
+
+    A state group is named by the first layer that as many tokens pass.
+    """
+    passing = {skip.layer: skip.count_out for skip in skips}
+    begins = [layer for layer in range(num_layers) if {layer, layer - 1} & passing.keys()]
+    firsts = [0, *(layer for layer in begins if layer > 0)]
+    groups: dict[int | None, str] = {None: MAIN}
+    return tuple(
+        Segment(
+            group=groups.setdefault(passing.get(first), f"from_{first}"),
+            first=first,
+            end=end,
+            tokens=passing.get(first, tokens),
+        )
+        for first, end in zip(firsts, [*firsts[1:], num_layers], strict=True)
+    )
+
+
+def state_segments(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """The first segment of every state group."""
+    found: dict[str, Segment] = {}
+    for segment in segments:
+        found.setdefault(segment.group, segment)
+    return tuple(found.values())
 
 
 def average_tokens(segments: Sequence[Segment]) -> float:

@@ -19,6 +19,7 @@ from edgevlm.reduce.order import even_steps
 from edgevlm.reduce.piece import SITES
 from edgevlm.reduce.plan import Grid, Reduction, Stage, average_tokens
 from edgevlm.reduce.positions import PositionOptions
+from edgevlm.reduce.skipping import possible_layers, skip_stages
 
 __all__ = ["Problem", "solve"]
 
@@ -59,7 +60,12 @@ def solve(problem: Problem) -> Reduction:
 
 
 def layer_of(stage: StageOptions, num_layers: int) -> int:
-    """The decoder layer that a stage stands before: never the first, whose input is the prompt."""
+    """The decoder layer that a stage stands before: never the first, whose input is the prompt.
+
+    Where tokens skip layers it is the first of these.
+    """
+    if stage.skip is not None:
+        return possible_layers(stage, num_layers)[0]
     if stage.layer is not None:
         return stage.layer
     assert stage.depth is not None
@@ -110,14 +116,16 @@ def _check_order(problem: Problem) -> None:
 
 def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
     """The stages for one grid, with the budget solved."""
-    asks = [stage.keep for stage in problem.stages if isinstance(stage.keep, str)]
-    if not asks:
+    asking = [stage for stage in problem.stages if stage.asks_budget]
+    if not asking:
         if problem.budget is not None:
             raise Complaint(
                 f"keep is {problem.budget}, and every stage says itself what it keeps",
                 hint="remove keep, or write keep: budget in a stage",
             )
         return _stages(problem, grid, 1.0)
+    if problem.budget is None and all(stage.is_published for stage in asking):
+        return _stages(problem, grid, None)
     if problem.budget is None:
         raise Complaint(
             "stages keep a budget, and none is given", hint="write keep: 0.25 beside the method"
@@ -129,17 +137,26 @@ def _sized(problem: Problem, grid: Grid) -> tuple[Stage, ...]:
             f"cannot keep {problem.budget} of {total} visual tokens",
             hint=f"choose from 1 to {total}, or a share",
         )
-    if wanted == total:
-        return _stages(problem, grid, 1.0)
+    whole = _stages(problem, grid, 1.0)
     # Counts are whole, so an average can be met to within the tokens of one step.
-    most = wanted + max(1.0, 0.02 * wanted)
+    step = max(1.0, 0.02 * wanted)
+    most = wanted + step
+    largest = _average_of(problem, grid, whole)
+    if largest < wanted - step:
+        raise Complaint(
+            f"an average of {wanted:.4g} of {total} tokens is out of reach: these stages leave at "
+            f"most {largest:.4g}, {100 * largest / total:.1f} %",
+            hint=f"ask for {math.floor(1000 * largest / total) / 1000:g} or less",
+        )
+    if wanted == total:
+        return whole
 
     def cost(stages: tuple[Stage, ...]) -> tuple[bool, float]:
         average = _average_of(problem, grid, stages)
         return average > most, abs(average - wanted)
 
     low, high = 0.0, 1.0
-    whole = closest = _stages(problem, grid, 1.0)
+    closest = whole
     refusal: Complaint | None = None
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -172,8 +189,8 @@ def _average_of(problem: Problem, grid: Grid, stages: tuple[Stage, ...]) -> floa
     return average_tokens(reduction.segments(len(spec.decoder.layers), spec.dense_tokens(grid)))
 
 
-def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
-    """Every stage sized, with the unknown of the budget set to x."""
+def _stages(problem: Problem, grid: Grid, x: float | None) -> tuple[Stage, ...]:
+    """Every stage sized, with the unknown of the budget set to x; None: as was published."""
     spec, merge = problem.spec, problem.spec.projector.merge
     total = count = spec.dense_tokens(grid)
     shape: Grid | None = spec.token_grid(grid)
@@ -187,8 +204,12 @@ def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
         if sized and sized[-1].at in IN_PATCHES and options.at not in IN_PATCHES and merge > 1:
             assert shape is not None, "patches leave an encoder on a grid where they are joined"
             count, shape = count // merge**2, (shape[0] // merge, shape[1] // merge)
-        keep = _count(options, count, total, x)
         try:
+            if options.skip is not None:
+                # All tokens are there again behind the layers that some skip.
+                sized += _skip_stages(problem, index + 1, count, total, shape, x)
+                continue
+            keep = _count(options, count, total, x)
             found = _stage(problem, index + 1, count, keep, shape)
         except Complaint as complaint:
             raise Complaint(
@@ -201,16 +222,48 @@ def _stages(problem: Problem, grid: Grid, x: float) -> tuple[Stage, ...]:
     return tuple(sized)
 
 
-def _count(options: StageOptions, count: int, total: int, x: float) -> int:
+def _count(options: StageOptions, count: int, total: int, x: float | None) -> int:
     """The tokens that leave a stage."""
     keep = options.keep
     if isinstance(keep, str):
+        assert x is not None, "what asks for a budget is sized for one"
         power = int(keep.partition("^")[2] or 1)
         least = 0 if options.at == "decoder" and power > 1 else 1
         return max(least, min(count, round(total * x**power)))
     if isinstance(keep, float):
         return round(keep * count)
     return keep
+
+
+def _skip_stages(
+    problem: Problem, number: int, count: int, total: int, grid: Grid | None, x: float | None
+) -> list[Stage]:
+    """The stage, one for each layer that tokens skip."""
+    options = problem.stages[number - 1]
+    assert options.schedule is not None
+    _check_grid(options, number, grid)
+    return skip_stages(
+        options,
+        number=number,
+        num_layers=len(problem.spec.decoder.layers),
+        count=count,
+        keep=None if options.schedule.says_share else _count(options, count, total, x),
+        x=x,
+        grid=grid,
+        dense=problem.dense,
+    )
+
+
+def _check_grid(options: StageOptions, number: int, grid: Grid | None) -> None:
+    """Raise Complaint where a piece takes a whole grid, and there is none."""
+    for piece in options.pieces:
+        if "grid" in piece.needs and grid is None:
+            raise Complaint(
+                f"{piece.name!r} takes a whole grid, and the tokens lie on none",
+                hint="put it before stages that select or merge"
+                if number > 1
+                else "put the stage at projector",
+            )
 
 
 def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | None) -> list[Stage]:
@@ -225,14 +278,7 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
             f"it keeps none of the {count} tokens that come",
             hint="keep at least one; in the decoder a stage may keep none",
         )
-    for piece in options.pieces:
-        if "grid" in piece.needs and grid is None:
-            raise Complaint(
-                f"{piece.name!r} takes a whole grid, and the tokens lie on none",
-                hint="put it before stages that select or merge"
-                if number > 1
-                else "put the stage at projector",
-            )
+    _check_grid(options, number, grid)
     if options.at == "encoder.layers":
         return _layer_stages(problem, number, count, keep, grid)
     layer = None

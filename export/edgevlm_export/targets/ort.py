@@ -21,7 +21,7 @@ ORT = Target(
             "Equal Expand Gather GatherND Greater GreaterOrEqual LayerNormalization Less Log",
             "MatMul Max Min Mul NonZero Or QuantizeLinear Range ReduceMax ReduceMean ReduceMin",
             "ReduceSum Relu Reshape Round ScatterND Shape SimplifiedLayerNormalization Slice",
-            "Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where",
+            "Softmax Split Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where",
         ),
         MICROSOFT: op_names(
             "BiasGelu DynamicQuantizeMatMul FastGelu FusedMatMul Gelu GroupQueryAttention",

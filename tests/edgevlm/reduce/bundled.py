@@ -80,10 +80,13 @@ class Bundled:
 
 
 def captures(model: Vlm, plan: Plan) -> Iterator[tuple[VariantPlan, PlannedGraph, ir.Model]]:
-    """Every graph; those that see no pictures depend on what runs of layers there are alone."""
+    """Every graph; those that see no pictures depend on what runs of layers there are alone.
+
+    Where tokens skip layers these runs are those of no cuts, and nothing is captured for others.
+    """
     for variant in plan.variants:
         for planned in variant.graphs:
-            if planned.name.startswith("step"):
+            if planned.name.startswith("step") and not model.decoder.skips:
                 steps = captured_steps(model.spec.segments)
                 yield variant, planned, steps[variant.target, planned.name]
             else:

@@ -58,6 +58,12 @@ def deep_stages(method: str, layers: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
+def skipping(skip: Any, schedule: Any, **more: Any) -> dict[str, Any]:
+    """A stage whose tokens skip layers, as a recipe writes it."""
+    stage = {"at": "decoder", "schedule": schedule, "score": "router", "select": "top"}
+    return {**stage, "skip": skip, **more}
+
+
 def model_of(spec: VlmSpec, seed: int = 0) -> Vlm:
     """The model, drawn from a seed."""
     return drawn(spec, seed)

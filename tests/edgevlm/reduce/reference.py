@@ -7,7 +7,7 @@ put together row by row, so that positions, state and rows of a call are checked
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,7 +43,9 @@ class Reference:
     def __init__(self, model: Vlm) -> None:
         """Take the weights."""
         self.spec = model.spec.decoder
-        self.cuts = () if model.spec.reduction is None else model.spec.reduction.cuts
+        reduction = model.spec.reduction
+        self.cuts = () if reduction is None else reduction.cuts
+        self.skips = () if reduction is None else reduction.skips
         self.weights = {
             name: weight.detach().double().numpy()
             for name, weight in model.decoder.named_parameters()
@@ -101,13 +103,52 @@ class Reference:
     def layer(self, index: int, x: Array, positions: Array, hidden: Array | None = None) -> Array:
         """Rows [T, W] behind a layer."""
         x = x + self.attention(index, x, positions, hidden)[0]
+        return x + self.mlp(index, x)
+
+    def mlp(self, index: int, x: Array) -> Array:
+        """What the MLP adds to rows [T, W]."""
         normed = self.norm(f"layers.{index}.norm2", x)
         gate, up = (
             normed @ self.weights[f"layers.{index}.mlp.{part}.weight"].T for part in ("gate", "up")
         )
-        found: Array = x + (gate / (1 + np.exp(-gate)) * up) @ (
+        found: Array = (gate / (1 + np.exp(-gate)) * up) @ (
             self.weights[f"layers.{index}.mlp.down.weight"].T
         )
+        return found
+
+    def routed(self, number: int, tokens: Array) -> Array:
+        """Scores [N] of the tokens [N, W] of a picture, by what a stage has learned."""
+        learned = f"skips.{number}.learned.router"
+        bias = self.weights.get(f"{learned}.bias", np.zeros(1))
+        found: Array = tokens @ self.weights[f"{learned}.row"][:, 0] + bias
+        return found
+
+    def skipped(self, number: int, lines: Lines) -> Array:
+        """Rows [T, W] behind a layer that some tokens of every picture skip: row by row."""
+        stage, x = self.skips[number], lines.x
+        assert stage.layer is not None
+        assert stage.skip is not None
+        scores, passes = np.full(len(x), np.nan), np.ones(len(x), bool)
+        for start in lines.starts:
+            picture = slice(int(start), int(start) + stage.count_in)
+            scores[picture] = self.routed(number, x[picture])
+            order = sorted(range(picture.start, picture.stop), key=lambda row: -scores[row])
+            passes[order[stage.count_out :]] = False
+        here = np.flatnonzero(passes)
+        added = np.zeros_like(x)
+        added[here] = self.attention(stage.layer, x[here], lines.positions[here])[0]
+        more = np.zeros_like(x)
+        more[here] = self.mlp(stage.layer, x[here] + added[here])
+        found = x.copy()
+        for row, score in enumerate(scores):
+            if np.isnan(score):
+                found[row] = x[row] + added[row] + more[row]
+            elif stage.skip.name == "gated":
+                found[row] = x[row] + score * (added[row] + more[row])
+            else:
+                weight = getattr(stage.skip, "gain", 0.0) * np.tanh(score) + 1.0
+                whole = x[row] + added[row] + weight * more[row]
+                found[row] = whole if passes[row] else weight * x[row]
         return found
 
     def head(self, x: Array) -> Array:
@@ -125,13 +166,11 @@ class Reference:
                 if cut.layer == index:
                     lines = self.cut(cut, lines, before)
             before = self.probe(index, lines)
-            lines = Lines(
-                x=self.layer(index, lines.x, lines.positions),
-                positions=lines.positions,
-                starts=lines.starts,
-                end=lines.end,
-                weights=lines.weights,
-            )
+            x = self.layer(index, lines.x, lines.positions)
+            for number, skip in enumerate(self.skips if len(asked.starts) else ()):
+                if skip.layer == index:
+                    x = self.skipped(number, lines)
+            lines = replace(lines, x=x)
         return self.head(lines.x[lines.end - 1 :])
 
     def probe(self, index: int, lines: Lines) -> Probe[Array]:

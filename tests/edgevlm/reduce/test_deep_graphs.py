@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.edgevlm.reduce.bundled import TARGET_NAMES, Bundled, answered, prompt_of, used_slots
-from tests.edgevlm.reduce.deep import asked, deep_stages
+from tests.edgevlm.reduce.deep import asked, deep_stages, skipping
 from tests.edgevlm.reduce.reference import Reference
 
 # Logits of size 3 behind up to four layers, float32 against float64.
@@ -41,6 +41,9 @@ CASES: dict[str, tuple[int, list[dict[str, Any]], float | None]] = {
     "carve": (2, deep_stages("carve", [1]), 0.75),
     "catp": (2, one_cut(keep=18, score="attention_delta", select="top"), None),
     "predicted": (2, one_cut(keep=18, score={"predictor": {"width": 32}}, select="top"), None),
+    "p-MoD": (3, [skipping("reweighted", "cosine")], None),
+    "VideoLLM-MoD": (3, [skipping("gated", {"every": {"step": 2}}, keep=0.2)], None),
+    "all pass, and are weighed": (2, [skipping("gated", "every", keep=36)], None),
     "nothing taken": (2, one_cut(keep=36, score="random", select="top"), None),
 }
 

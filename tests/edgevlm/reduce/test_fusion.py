@@ -20,7 +20,7 @@ from edgevlm.model.learned import learned_weights
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.stages import Asking
 from edgevlm.model.vlm import Vlm
-from edgevlm.passes import Context, Reduce, run_pass
+from edgevlm.passes import Context, Reduce, Rotate, run_pass
 from edgevlm.reduce.fusion import FusionOptions
 from edgevlm_export.capture import capture
 from edgevlm_export.lower import lower
@@ -216,6 +216,15 @@ def test_fusion_needs_something_to_be_left() -> None:
     assert isinstance(found, Complaint)
     assert found.message == "text is fused with what stages leave, and there are none"
     assert found.hint == "name a method or stages, or remove fusion"
+
+
+def test_rows_that_a_fusion_reads_are_not_rotated() -> None:
+    with pytest.raises(PassError) as error:
+        Rotate().foresee(fusing().spec, context())
+    assert str(error.value) == (
+        "rotate: the fusion before the decoder has learned to read rows that are not rotated\n"
+        "  hint: leave decoder out of components"
+    )
 
 
 def test_a_fusion_begins_the_same_every_time() -> None:

@@ -1,0 +1,1 @@
+"""Schedules: which layers of the decoder tokens may skip, and how many pass each."""
