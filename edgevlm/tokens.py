@@ -152,9 +152,9 @@ def _is_packed(spec: VlmSpec, grid: Grid) -> bool:
 
 
 def dropped_rows(spec: VlmSpec) -> dict[str, int]:
-    """Rows of a picture that never reach a state group; empty where all layers see all."""
-    first, *deep = spec.segments
-    return {segment.group: first.tokens - segment.tokens for segment in deep}
+    """Rows of a picture that never reach a state group; empty where all layers keep all."""
+    deep = spec.segments if spec.hidden else spec.segments[1:]
+    return {segment.group: spec.entering - segment.tokens for segment in deep}
 
 
 def largest_picture(spec: VlmSpec) -> int:

@@ -42,7 +42,7 @@ class Learning(nn.Module):
                     torch.from_numpy(drawn(f"{piece.name}.{name}", weight)).to(device),
                     requires_grad=False,
                 )
-                for name, weight in piece.weights(width).items()
+                for name, weight in piece.weights(width, stage.count_out).items()
             }
             if weights:
                 self.learned[piece.name] = nn.ParameterDict(weights)

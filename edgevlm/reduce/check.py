@@ -21,6 +21,7 @@ from edgevlm.reduce.solve import Problem, layer_of
 if TYPE_CHECKING:
     from edgevlm.model.spec import VlmSpec
     from edgevlm.passes.base import Context
+    from edgevlm.reduce.plan import Stage
 
 MIXERS = ("attention",)
 
@@ -45,6 +46,64 @@ def problems_of(problem: Problem) -> None:
         is_whole = is_whole and stage.at == "input"
         _check_encoded(stages[:number], stages[number:])
     _check_positions(problem)
+    _check_bottleneck(problem)
+
+
+def _check_bottleneck(problem: Problem) -> None:
+    """Raise Complaint where rows cannot stand for a picture in this model or beside these stages.
+
+    What is hidden is one number of rows for every picture, that no state knows of, and whose
+    positions count by one.
+    """
+    spec, stages, policy = problem.spec, problem.stages, problem.positions
+    numbers = [number for number, stage in enumerate(stages, 1) if stage.bottleneck is not None]
+    if not numbers:
+        return
+    number, stage = numbers[0], stages[numbers[0] - 1]
+    assert stage.bottleneck is not None
+    who = f"stage {number}: {stage.bottleneck.name!r}"
+    if number < len(stages):
+        later = stages[number]
+        raise Complaint(
+            f"{who} stand for the picture in every layer of the decoder, and stage {number + 1} at "
+            f"{later.at} stands behind them",
+            hint="remove it, or take tokens away before them",
+        )
+    for index, layer in enumerate(spec.decoder.layers):
+        if layer.mixer not in MIXERS:
+            raise Complaint(
+                f"{who} hide rows from those behind, and decoder.layers.{index} is "
+                f"{layer.mixer!r}, whose state stands for all rows",
+                hint="choose a method that takes tokens away before the decoder",
+            )
+        if layer.attention.window is not None:
+            raise Complaint(
+                f"{who} hide rows from those behind, and decoder.layers.{index} sees a window of "
+                f"{layer.attention.window} rows, which would count them or not",
+                hint="choose a method that takes tokens away before the decoder",
+            )
+    if spec.decoder.rope.sections:
+        raise Complaint(
+            f"{who} count on from the picture along one axis, and visual tokens of this model "
+            "stand on three",
+            hint="choose a method that takes tokens away before the decoder",
+        )
+    if len(spec.vision.grids) > 1:
+        raise Complaint(
+            f"{who} hide one number of tokens, and pictures come in {len(spec.vision.grids)} grids",
+            hint="name one grid in image.grids",
+        )
+    if policy is not None:
+        raise Complaint(
+            f"{who} count on from the picture, and {policy.name} places it otherwise",
+            hint="remove positions",
+        )
+    if any(earlier.place == "keep" for earlier in stages[: number - 1]):
+        raise Complaint(
+            f"{who} count on from the picture, and a stage before them leaves gaps between "
+            "positions",
+            hint="remove place: keep",
+        )
 
 
 def _check_positions(problem: Problem) -> None:
@@ -309,7 +368,7 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
             asked=asked,
             outcome="applied",
             reason=f"class {max(piece.static_class for piece in options.pieces)}",
-            effect=f"{first.count_in} tokens become {last.count_out}",
+            effect=_effect_of(first, last),
         )
         if options.score is not None and not after.vision.class_token:
             by, instead = (getattr(options.score, key, None) for key in ("by", "instead"))
@@ -328,6 +387,16 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
             effect="a session chooses anew for every prompt; a decoder that is extended keeps the "
             "tokens of its first question",
         )
+
+
+def _effect_of(first: Stage, last: Stage) -> str:
+    """What a stage, of several parts perhaps, does to the tokens of a picture."""
+    if last.bottleneck is None:
+        return f"{first.count_in} tokens become {last.count_out}"
+    return (
+        f"{last.count_in} tokens and {last.count_out} rows behind them pass the decoder once, and "
+        f"the cache keeps the {last.count_out}"
+    )
 
 
 def _span_of(spec: VlmSpec) -> str:

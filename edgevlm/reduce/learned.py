@@ -57,7 +57,7 @@ def drawn(name: str, weight: Weight) -> np.ndarray:
 def untrained(stages: Sequence[StageOptions], file: str | None) -> Iterator[Decision]:
     """What becomes of learned pieces for which no weights are given."""
     for number, stage in enumerate(stages, 1):
-        names = [piece.name for piece in stage.pieces if piece.weights(8)]
+        names = [piece.name for piece in stage.pieces if piece.weights(8, 1)]
         if names and file is None:
             yield Decision(
                 asked=f"stage {number}, what {' and '.join(names)} learned",

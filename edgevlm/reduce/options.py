@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from edgevlm.document import Complaint, Options, show
-from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Transform
-from edgevlm.reduce.pieces import ChoiceField, MergeField, RestField, ScorerField, TransformField
+from edgevlm.reduce.piece import Bottleneck, Choice, Merge, Rest, Scorer, Site, Transform
+from edgevlm.reduce.pieces import (
+    BottleneckField,
+    ChoiceField,
+    MergeField,
+    RestField,
+    ScorerField,
+    TransformField,
+)
 
 __all__ = ["Keep", "StageOptions"]
 
@@ -55,14 +62,16 @@ if TYPE_CHECKING:
     AnyRest = Rest
     AnyMerge = Merge
     AnyTransform = Transform
+    AnyBottleneck = Bottleneck
 else:
     AnyScorer = ScorerField
     AnyChoice = ChoiceField
     AnyRest = RestField
     AnyMerge = MergeField
     AnyTransform = TransformField
+    AnyBottleneck = BottleneckField
 
-VERBS = ("select", "merge", "transform")
+VERBS = ("select", "merge", "transform", "bottleneck")
 
 
 class StageOptions(Options):
@@ -72,7 +81,8 @@ class StageOptions(Options):
     keep: Keep = Field(
         "budget",
         description="Tokens of a picture that leave it: a number, a share of those that come, or "
-        "'budget' ('budget^2' for a second stage), which is solved for the average over layers.",
+        "'budget' ('budget^2' for a second stage), which is solved for the average over layers. Of "
+        "a bottleneck: the rows that stay in the cache.",
     )
     layer: int | None = Field(None, ge=0, description="Of the decoder: the layer it stands before.")
     depth: float | None = Field(
@@ -93,6 +103,9 @@ class StageOptions(Options):
     rest: AnyRest | None = Field(None, description="What the others become; absent: nothing.")
     merge: AnyMerge | None = Field(None, description="Which tokens become one.")
     transform: AnyTransform | None = Field(None, description="A constant map of the grid.")
+    bottleneck: AnyBottleneck | None = Field(
+        None, description="Rows by which alone what follows a picture sees it."
+    )
     place: Literal["keep", "repack"] | None = Field(
         None,
         description="Positions in the decoder: those the tokens had, or counted anew; absent: "
@@ -132,6 +145,13 @@ class StageOptions(Options):
             )
         self._check_encoder_layers()
         self._check_scores()
+        if self.bottleneck is not None and self.place == "repack":
+            raise Complaint(
+                f"text behind {self.bottleneck.name!r} stands where it does behind the whole "
+                "picture, and nothing is counted anew",
+                hint="remove place",
+                key="place",
+            )
         for piece in self.pieces:
             if self.at not in piece.sites:
                 raise Complaint(
@@ -190,7 +210,10 @@ class StageOptions(Options):
     @property
     def pieces(self) -> tuple[Any, ...]:
         """Its pieces."""
-        found = (self.score, self.select, self.rest, self.merge, self.transform)
+        found = (
+            *(self.score, self.select, self.rest, self.merge, self.transform),
+            self.bottleneck,
+        )
         return tuple(piece for piece in found if piece is not None)
 
     @property

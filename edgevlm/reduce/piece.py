@@ -103,8 +103,8 @@ class Piece(Options):
         """Multiply-adds of its products; what is no product is not counted."""
         return 0
 
-    def weights(self, width: int) -> Mapping[str, Weight]:
-        """What it has learned, by name, for tokens of so many numbers."""
+    def weights(self, width: int, count: int) -> Mapping[str, Weight]:
+        """What it has learned, by name, for tokens of so many numbers, of which `count` leave."""
         return {}
 
 
@@ -206,6 +206,26 @@ class Transform(Piece):
     @abstractmethod
     def matrix(self, old: int, new: int) -> np.ndarray:
         """The map [new, old] float64 along one side; both sides are mapped, one after the other."""
+
+
+class Bottleneck(Piece):
+    """Rows behind the tokens of a picture, by which alone later rows of the decoder see it.
+
+    It takes no token away: the picture and its rows pass all layers of the decoder together, and
+    of both only the rows stay in the state.
+    """
+
+    static_class: ClassVar[StaticClass] = "S3"
+    sites: ClassVar[tuple[Site, ...]] = ("projector",)
+    ops: ClassVar[tuple[str, ...]] = ("Gather",)
+
+    @abstractmethod
+    def torch(self, view: View[Tensor], count: int) -> Tensor:
+        """Rows [count, C], the same for every picture."""
+
+    @abstractmethod
+    def numpy(self, view: View[np.ndarray], count: int) -> np.ndarray:
+        """The twin of `torch`."""
 
 
 def plugins() -> None:

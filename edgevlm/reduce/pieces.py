@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgevlm.reduce.bottlenecks import learned_rows
 from edgevlm.reduce.choices import (
     cover,
     dpp,
@@ -13,7 +14,16 @@ from edgevlm.reduce.choices import (
     uniform,
 )
 from edgevlm.reduce.merges import bipartite, clusters, fuse
-from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Transform, named, plugins
+from edgevlm.reduce.piece import (
+    Bottleneck,
+    Choice,
+    Merge,
+    Rest,
+    Scorer,
+    Transform,
+    named,
+    plugins,
+)
 from edgevlm.reduce.rests import anchors, neighbours, recycle
 from edgevlm.reduce.scorers import (
     attention_delta,
@@ -31,6 +41,7 @@ BUILT_IN = (
     *(anchors, neighbours, recycle),
     *(bipartite, clusters, fuse),
     *(fourier, pool, resize, windows),
+    learned_rows,
 )
 plugins()
 
@@ -39,3 +50,4 @@ ChoiceField = named(Choice, "selector")
 RestField = named(Rest, "rest")
 MergeField = named(Merge, "merge")
 TransformField = named(Transform, "transform")
+BottleneckField = named(Bottleneck, "bottleneck")

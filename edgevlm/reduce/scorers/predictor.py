@@ -77,7 +77,7 @@ class Predictor(Scorer):
         """Weights of rows of text, where it looks at them."""
         return frozenset() if self.query == "none" else frozenset({self.query})
 
-    def weights(self, width: int) -> Mapping[str, Weight]:
+    def weights(self, width: int, count: int) -> Mapping[str, Weight]:
         """Of the network for tokens of `width` numbers; rows of text are as wide."""
         ours = self.width
         found = {**norm_weights("norm", width), **linear_weights("embed", width, ours)}

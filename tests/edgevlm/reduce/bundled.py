@@ -83,7 +83,7 @@ def captures(model: Vlm, plan: Plan) -> Iterator[tuple[VariantPlan, PlannedGraph
     """Every graph; those that see no pictures depend on what runs of layers there are alone."""
     for variant in plan.variants:
         for planned in variant.graphs:
-            if planned.name.startswith("step"):
+            if planned.name.startswith("step") and not model.spec.hidden:
                 steps = captured_steps(model.spec.segments)
                 yield variant, planned, steps[variant.target, planned.name]
             else:
