@@ -20,7 +20,8 @@ TEXT_ROWS = 64
 class SegmentPlan:
     """Decoder layers from `first` to `end` - 1, which see the same rows.
 
-    `tokens` are the visual tokens of one picture (or tile), `rows` those of the whole prompt.
+    `tokens` are the rows of one picture (or tile), `rows` those of the whole prompt. `kept` of the
+    tokens stay in the state: all, unless a bottleneck hides the others.
     `positions` are `kept` where tokens stand where they stood, `packed` where they were counted
     anew. The layers keep their state in the group `group`, which has `capacity` slots.
     """
@@ -28,6 +29,7 @@ class SegmentPlan:
     first: int
     end: int
     tokens: int
+    kept: int
     rows: int
     positions: str
     group: str
@@ -39,7 +41,7 @@ class TokenPlan:
     """Visual tokens, what a prompt with a picture costs, and what is left of the context for text.
 
     `per_call` has the tokens of one call of each vision graph; `largest_picture` is the most that
-    one picture takes, all its tiles and the tokens around them counted.
+    one picture takes of the context, all its tiles and the tokens around them counted.
 
     Costs are those of `priced`: the picture of the most tokens, with `text_rows` rows of text
     besides. `layers` are the visual tokens of one picture (or tile) at each layer of the decoder;
@@ -134,6 +136,7 @@ def _segments(
             first=segment.first,
             end=segment.end,
             tokens=layers[segment.first],
+            kept=layers[segment.first] - spec.hidden,
             rows=prompt.groups * layers[segment.first] + prompt.text_rows,
             positions="packed" if packed or segment.is_packed else "kept",
             group=segment.group,
@@ -147,7 +150,7 @@ def _is_packed(spec: VlmSpec, grid: Grid) -> bool:
     """Whether the tokens that enter the decoder are counted anew."""
     if spec.reduction is None:
         return False
-    before = spec.reduction.of(grid, "input", "encoder.layers", "encoder", "projector")
+    before = [stage for stage in spec.reduction.before(grid) if stage.bottleneck is None]
     return bool(before) and before[-1].place != "keep"
 
 
@@ -158,9 +161,10 @@ def dropped_rows(spec: VlmSpec) -> dict[str, int]:
 
 
 def largest_picture(spec: VlmSpec) -> int:
-    """Rows of the decoder that the largest picture becomes."""
+    """Rows of the decoder that the largest picture becomes, as far as they take slots."""
     groups, marks = picture_groups(spec)
-    return groups * max(spec.image_tokens(grid) for grid in spec.vision.grids) + marks
+    most = max(spec.image_tokens(grid) for grid in spec.vision.grids)
+    return groups * (most - spec.hidden) + marks
 
 
 def picture_groups(spec: VlmSpec) -> tuple[int, int]:

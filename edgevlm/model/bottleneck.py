@@ -1,9 +1,9 @@
 """What rows behind a picture see when some of its rows are hidden from them (VoCo-LLaMA).
 
 A picture comes as N visual tokens and m rows that stand for it. Row j of the tokens is hidden from
-every row that stands behind the m rows of its picture:
+every row that stands behind the m rows of its picture. For pictures that begin at rows s,
 
-    sees(i, j) = j <= i  and not (s <= j < s + N and i >= s + N + m)    for a picture that begins at s
+    sees(i, j) = j <= i  and not (s <= j < s + N  and  s + N + m <= i)
 
 Text before a picture stays visible to all that follows. The rows that are hidden from what comes
 need not be kept: a state takes the others, whose order and positions are what they were.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgevlm.model.spec import VlmSpec
-from edgevlm_export.ops import CLOSED, causal_mask, kept_rows
+from edgevlm_export.ops import CLOSED, kept_rows
 
 __all__ = ["Hidden", "hidden_of"]
 
@@ -37,8 +37,10 @@ class Hidden:
     def mask(self, past: Tensor) -> Tensor:
         """The mask [1, 1, T, S + T] of rows behind slots that are open as `past` [1, 1, 1, S]."""
         count = self.closed.shape[2]
-        causal = causal_mask(count, count, closed=CLOSED)
-        return torch.cat([past.expand(-1, -1, count, -1), self.closed + causal], -1)
+        numbers = torch.arange(count)
+        # A row is behind another or hidden from it, never both: no sum is below CLOSED.
+        behind = (numbers > numbers[:, None]).to(self.closed.dtype) * CLOSED
+        return torch.cat([past.expand(-1, -1, count, -1), self.closed + behind], -1)
 
 
 def hidden_of(spec: VlmSpec, starts: Tensor, x: Tensor) -> Hidden:

@@ -26,8 +26,8 @@ from edgevlm.model.plans import (
     vision_plan,
 )
 from edgevlm.model.rope import rope_tables
-from edgevlm.model.stages import Asking, Pictures, project, token_offsets
 from edgevlm.model.spec import VlmSpec
+from edgevlm.model.stages import Asking, Pictures, project, token_offsets
 from edgevlm.model.vision import GridTables, grid_tables
 from edgevlm.model.vlm import Vlm
 from edgevlm.reduce.plan import MAIN, Segment

@@ -87,9 +87,7 @@ def _followed_by(tokens: VisSeq[Tensor], rows: Tensor) -> VisSeq[Tensor]:
     behind = rows.expand(features.shape[0], -1, -1)
     count = features.shape[1]
     numbers = torch.arange(count, count + rows.shape[0]).expand(places.shape[0], -1)
-    return VisSeq(
-        features=torch.cat([features, behind], 1), places=torch.cat([places, numbers], 1)
-    )
+    return VisSeq(features=torch.cat([features, behind], 1), places=torch.cat([places, numbers], 1))
 
 
 def _transformed(stage: Stage, tokens: VisSeq[Tensor]) -> VisSeq[Tensor]:

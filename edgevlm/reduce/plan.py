@@ -92,8 +92,8 @@ class Segment:
     """Decoder layers from `first` to `end` - 1, which keep `tokens` rows of a picture in a state.
 
     These are the visual tokens that the layers see, unless a bottleneck hides some of them from
-    what follows the picture. The state is the group `group`. `is_packed` says that positions are counted anew at
-    its beginning.
+    what follows the picture. The state is the group `group`. `is_packed` says that positions are
+    counted anew at its beginning.
     """
 
     group: str

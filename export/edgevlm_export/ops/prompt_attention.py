@@ -43,9 +43,7 @@ def lower_prompt(emit: Emitter, node: ir.Node, size: int) -> Sequence[ir.Value]:
     # Asked of the rows of this layer, or the caches of all layers would be restored before any row
     # is there: they hang on nothing else.
     used = used_slots(emit, rows, last_slot)
-    grids = [
-        Grid(emit, scale, attribute(node, "kv_dtype"), num_kv_heads, size) for scale in scales
-    ]
+    grids = [Grid(emit, scale, attribute(node, "kv_dtype"), num_kv_heads, size) for scale in scales]
     news, olds, presents = [], [], []
     for grid, new, past in zip(grids, (k, v), (past_key, past_value), strict=True):
         numbers, codes = grid.rounded(new)
@@ -85,6 +83,7 @@ class Grid:
     def __init__(
         self, emit: Emitter, scale: ir.Value | None, dtype: str, num_kv_heads: int, size: int
     ) -> None:
+        """Take the scale, a constant, for caches of so many heads of `size` numbers."""
         assert scale is not None
         assert scale.const_value is not None, f"{scale.name} is not a constant"
         self._emit, self._dtype, self._heads, self._size = emit, dtype, num_kv_heads, size
