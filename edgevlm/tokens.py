@@ -129,7 +129,7 @@ def _segments(
     spec: VlmSpec, prompt: Prompt, layers: tuple[int, ...], capacity: int
 ) -> tuple[SegmentPlan, ...]:
     """The segments with the room that `step_states` gives them."""
-    dropped = dropped_rows(spec)
+    most = spec.segments[0].tokens
     packed = _is_packed(spec, prompt.grid)
     return tuple(
         SegmentPlan(
@@ -140,7 +140,7 @@ def _segments(
             rows=prompt.groups * layers[segment.first] + prompt.text_rows,
             positions="packed" if packed or segment.is_packed else "kept",
             group=segment.group,
-            capacity=capacity - dropped.get(segment.group, 0),
+            capacity=capacity - (most - segment.tokens),
         )
         for segment in spec.segments
     )
