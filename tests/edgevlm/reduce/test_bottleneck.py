@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from edgevlm.device import load_device
+from edgevlm.errors import PassError
 from edgevlm.model.bottleneck import hidden_of
 from edgevlm.model.learned import learned_weights
 from edgevlm.model.vlm import Vlm
+from edgevlm.passes.base import Context
+from edgevlm.passes.reduce import Reduce
 from edgevlm.reduce.apply import apply_stage, numpy_apply_stage
 from edgevlm.reduce.seq import VisSeq
 from edgevlm.reduce.view import View
 from edgevlm_export.ops import CLOSED
 from tests.edgevlm.caches import cached
-from tests.edgevlm.reduce.deep import GRID, TOKENS, Asked, asked, deep_spec, staged
+from tests.edgevlm.reduce.deep import GRID, TOKENS, Asked, asked, deep_spec, model_of, staged
 from tests.edgevlm.reduce.hiding import ROWS, deleted, hiding_model, hiding_spec, masked, unseen
 
 # Logits of size 3 behind three layers, float32 against float64.
@@ -193,3 +199,23 @@ def test_fewer_tokens_come_to_it_behind_another_stage() -> None:
     assert (spec.entering, spec.hidden) == (15, 12)
     assert [(part.group, part.tokens) for part in spec.segments] == [("main", 3)]
     assert spec.image["tokens"] == [15]
+
+
+def test_rows_from_a_file(tmp_path: Path) -> None:
+    name = "reduce.0.learned.learned_rows.rows"
+    table = torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(2))
+    save_file({name: table}, tmp_path / "voco.safetensors")
+    context = Context(device=load_device("host-cpu"), targets=("ort",), folder=tmp_path)
+    model = model_of(deep_spec(1))
+    step = Reduce.model_validate({"method": "voco", "keep": ROWS, "weights": "voco.safetensors"})
+    change = step.apply(model, context)
+    assert change.sites == ("projector",)
+    assert change.measures == {"visual_tokens_before": TOKENS, "visual_tokens": ROWS}
+    assert torch.equal(dict(learned_weights(model))[name], table)
+    more = Reduce.model_validate({"method": "voco", "keep": 5, "weights": "voco.safetensors"})
+    with pytest.raises(PassError) as error:
+        more.foresee(deep_spec(1), context)
+    assert str(error.value) == (
+        f"reduce: {name!r} in voco.safetensors has shape [4, 64], expected [5, 64]\n"
+        "  hint: train it for this model and these stages"
+    )
