@@ -84,10 +84,19 @@ class Layer(nn.Module):
         self.mlp = (GatedMlp if spec.mlp.gated else PlainMlp)(width, spec.mlp)
 
     def forward(
-        self, x: Tensor, keys: KeySource, between: Callable[[Tensor], Tensor] | None = None
+        self,
+        x: Tensor,
+        keys: KeySource,
+        between: Callable[[Tensor], Tensor] | None = None,
+        given: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Map [B, T, W] to [B, T, W]; `between` may make rows fewer after attention."""
-        x = x + self.attention(self.norm1(x), keys)
+        """Map [B, T, W] to [B, T, W].
+
+        `given` may change what attention gives before it is added, `between` may make rows fewer
+        behind.
+        """
+        mixed = self.attention(self.norm1(x), keys)
+        x = x + (mixed if given is None else given(mixed))
         if between is not None:
             x = between(x)
         out: Tensor = x + self.mlp(self.norm2(x))

@@ -13,7 +13,7 @@ from edgevlm.reduce.choices import (
     top,
     uniform,
 )
-from edgevlm.reduce.merges import bipartite, clusters, fuse
+from edgevlm.reduce.merges import bipartite, clusters, fuse, registers, resample
 from edgevlm.reduce.piece import (
     Bottleneck,
     Choice,
@@ -39,7 +39,7 @@ BUILT_IN = (
     *(attention_delta, contrast, encoder_attention, predictor, random, text_attention),
     *(cover, dpp, facility, pivots, relevant_diverse, spread, top, uniform),
     *(anchors, neighbours, recycle),
-    *(bipartite, clusters, fuse),
+    *(bipartite, clusters, fuse, registers, resample),
     *(fourier, pool, resize, windows),
     learned_rows,
 )

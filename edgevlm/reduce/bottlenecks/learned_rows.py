@@ -19,6 +19,7 @@ from edgevlm.reduce.piece import Bottleneck, register
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgevlm.reduce.extent import Extent
     from edgevlm.reduce.view import View
 
 DEVIATION = 0.02
@@ -30,10 +31,11 @@ class LearnedRows(Bottleneck):
     """A table of m rows [m, C]."""
 
     name: ClassVar[str] = "learned_rows"
+    is_learned: ClassVar[bool] = True
 
-    def weights(self, width: int, count: int) -> Mapping[str, Weight]:
+    def weights(self, extent: Extent) -> Mapping[str, Weight]:
         """The table [m, C]."""
-        return {"rows": Weight(shape=(count, width), deviation=DEVIATION)}
+        return {"rows": Weight(shape=(extent.kept, extent.width), deviation=DEVIATION)}
 
     def torch(self, view: View[Tensor], count: int) -> Tensor:
         """As they are."""

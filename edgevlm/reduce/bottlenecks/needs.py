@@ -56,6 +56,11 @@ def check_bottleneck(problem: Problem) -> None:
             f"{who} hide one number of tokens, and pictures come in {len(spec.vision.grids)} grids",
             hint="name one grid in image.grids",
         )
+    if problem.fusion is not None:
+        raise Complaint(
+            f"{who} are all that text sees of the picture, and fused text has seen the whole of it",
+            hint="remove fusion",
+        )
     if policy is not None:
         raise Complaint(
             f"{who} count on from the picture, and {policy.name} places it otherwise",

@@ -20,6 +20,7 @@ from edgevlm.plan import Plan, make_plan, recipe_device
 from edgevlm.recipe import parse_recipe
 from edgevlm.reduce.check import problems_of
 from edgevlm.reduce.cost import Prompt, kept_rows, kv_numbers, prefill_macs, prompt_rows
+from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import PositionOptions
 from edgevlm.reduce.solve import Problem
@@ -279,6 +280,22 @@ def test_it_goes_with_no_policy_of_positions() -> None:
     assert (error.value.message, error.value.hint) == (
         "stage 1: 'learned_rows' count on from the picture, and v2pe places it otherwise",
         "remove positions",
+    )
+
+
+def test_text_is_not_fused_with_what_is_hidden_from_it() -> None:
+    problem = Problem(
+        spec=SPEC,
+        stages=[StageOptions.model_validate(ROWS)],
+        budget=None,
+        fusion=FusionOptions(layers=1),
+    )
+    with pytest.raises(Complaint) as error:
+        problems_of(problem)
+    assert (error.value.message, error.value.hint) == (
+        "stage 1: 'learned_rows' are all that text sees of the picture, and fused text has seen "
+        "the whole of it",
+        "remove fusion",
     )
 
 
