@@ -18,6 +18,7 @@ from edgevlm.model.plans import (
     PICTURE,
     delta_plan,
     inplace_plan,
+    picture_room,
     reads_prompts,
     step_name,
     step_states,
@@ -252,7 +253,7 @@ def _inplace_steps(spec: VlmSpec, capacity: int) -> list[PlannedGraph]:
                 role="step",
                 form="inplace",
                 phases=(PICTURE,),
-                max_rows=capacity,
+                max_rows=picture_room(spec, capacity),
                 signature=inplace_plan(spec, capacity, step_name((PICTURE,)), pictures=True),
                 dropped=dropped,
             )
@@ -275,8 +276,8 @@ def _delta_steps(spec: VlmSpec, capacity: int, counts: Sequence[int]) -> list[Pl
     ]
     if dropped := dropped_rows(spec):
         for pictures in range(1, _num_pictures(spec, capacity) + 1):
-            wanted = pictures * spec.segments[0].tokens + PICTURE_TEXT_ROWS
-            rows = min(capacity, round_up(wanted, ROW_STEP))
+            wanted = pictures * spec.entering + PICTURE_TEXT_ROWS
+            rows = min(picture_room(spec, capacity, pictures), round_up(wanted, ROW_STEP))
             steps.append(
                 PlannedGraph(
                     role="step",

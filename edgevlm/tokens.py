@@ -20,7 +20,8 @@ TEXT_ROWS = 64
 class SegmentPlan:
     """Decoder layers from `first` to `end` - 1, which see the same rows.
 
-    `tokens` are the visual tokens of one picture (or tile), `rows` those of the whole prompt.
+    `tokens` are the rows of one picture (or tile), `rows` those of the whole prompt. `kept` of the
+    tokens stay in the state: all, unless a bottleneck hides the others.
     `positions` are `kept` where tokens stand where they stood, `packed` where they were counted
     anew. The layers keep their state in the group `group`, which has `capacity` slots.
     """
@@ -28,6 +29,7 @@ class SegmentPlan:
     first: int
     end: int
     tokens: int
+    kept: int
     rows: int
     positions: str
     group: str
@@ -39,7 +41,7 @@ class TokenPlan:
     """Visual tokens, what a prompt with a picture costs, and what is left of the context for text.
 
     `per_call` has the tokens of one call of each vision graph; `largest_picture` is the most that
-    one picture takes, all its tiles and the tokens around them counted.
+    one picture takes of the context, all its tiles and the tokens around them counted.
 
     Costs are those of `priced`: the picture of the most tokens, with `text_rows` rows of text
     besides. `layers` are the visual tokens of one picture (or tile) at each layer of the decoder;
@@ -127,17 +129,18 @@ def _segments(
     spec: VlmSpec, prompt: Prompt, layers: tuple[int, ...], capacity: int
 ) -> tuple[SegmentPlan, ...]:
     """The segments with the room that `step_states` gives them."""
-    dropped = dropped_rows(spec)
+    most = spec.segments[0].tokens
     packed = _is_packed(spec, prompt.grid)
     return tuple(
         SegmentPlan(
             first=segment.first,
             end=segment.end,
             tokens=layers[segment.first],
+            kept=layers[segment.first] - spec.hidden,
             rows=prompt.groups * layers[segment.first] + prompt.text_rows,
             positions="packed" if packed or segment.is_packed else "kept",
             group=segment.group,
-            capacity=capacity - dropped.get(segment.group, 0),
+            capacity=capacity - (most - segment.tokens),
         )
         for segment in spec.segments
     )
@@ -147,20 +150,22 @@ def _is_packed(spec: VlmSpec, grid: Grid) -> bool:
     """Whether the tokens that enter the decoder are counted anew."""
     if spec.reduction is None:
         return False
-    before = spec.reduction.of(grid, "input", "encoder.layers", "encoder", "projector")
+    before = [stage for stage in spec.reduction.before(grid) if stage.bottleneck is None]
     return bool(before) and before[-1].place != "keep"
 
 
 def dropped_rows(spec: VlmSpec) -> dict[str, int]:
-    """Rows of a picture that never reach a state group; empty where all layers see all."""
-    first, *deep = state_segments(spec.segments)
-    return {segment.group: first.tokens - segment.tokens for segment in deep}
+    """Rows of a picture that never reach a state group; empty where all layers keep all."""
+    found = state_segments(spec.segments)
+    deep = found if spec.hidden else found[1:]
+    return {segment.group: spec.entering - segment.tokens for segment in deep}
 
 
 def largest_picture(spec: VlmSpec) -> int:
-    """Rows of the decoder that the largest picture becomes."""
+    """Rows of the decoder that the largest picture becomes, as far as they take slots."""
     groups, marks = picture_groups(spec)
-    return groups * max(spec.image_tokens(grid) for grid in spec.vision.grids) + marks
+    most = max(spec.image_tokens(grid) for grid in spec.vision.grids)
+    return groups * (most - spec.hidden) + marks
 
 
 def picture_groups(spec: VlmSpec) -> tuple[int, int]:

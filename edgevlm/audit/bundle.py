@@ -37,7 +37,7 @@ def audit_of(spec: VlmSpec, variant: Variant, graph: GraphSpec, folder: Path) ->
     return audit_graph(
         folder / graph.file,
         graph,
-        example_feeds(graph, variant.state[0].capacity, spec.segments[0].tokens),
+        example_feeds(graph, variant.state[0].capacity, spec.entering),
         asked_of(spec, graph, emulated=bool(TARGETS[variant.target].form.rows)),
         in_place=written_in_place(graph, renewed) if is_inplace else None,
     )

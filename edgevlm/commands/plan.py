@@ -123,7 +123,9 @@ def show_plan(plan: Plan, out: Console) -> None:
         f"{count} tokens for {grid[0]} x {grid[1]} patches"
         for grid, count in tokens.per_call.items()
     )
-    out.print(f"pictures  {calls}; one picture is at most {tokens.largest_picture} rows")
+    is_hidden = any(segment.kept < segment.tokens for segment in tokens.segments)
+    where = " of the context" if is_hidden else ""
+    out.print(f"pictures  {calls}; one picture is at most {tokens.largest_picture} rows{where}")
     out.print(
         f"context   {tokens.capacity} rows; with one picture and {tokens.max_new_tokens} rows of "
         f"answer, {tokens.prompt} are left for text"
@@ -174,6 +176,12 @@ def _show_tokens(tokens: TokenPlan, out: Console) -> None:
         f"cache     {mebibytes(cost.kv_bytes)}, {counted(cost.kv_numbers)} keys and values of the "
         f"prompt{share('kv', ' of dense')}"
     )
+    whole = tokens.segments[0]
+    if whole.kept < whole.tokens:
+        out.print(
+            f"hidden    {whole.tokens - whole.kept} of the {whole.tokens} rows of a {unit} pass "
+            f"all layers once; the cache keeps {whole.kept}"
+        )
 
 
 def _pictures(tokens: TokenPlan) -> str:

@@ -16,9 +16,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from edgevlm.model.bottleneck import Hidden
 from edgevlm.model.norms import HeadNorm
 from edgevlm.model.spec import AttentionSpec
-from edgevlm_export.ops import attention, cached_attention, causal_mask, masked_attention, rotary
+from edgevlm_export.ops import (
+    attention,
+    bottleneck_attention,
+    cached_attention,
+    causal_mask,
+    masked_attention,
+    rotary,
+)
 from edgevlm_export.ops.kv_grid import rounded, stored
 
 
@@ -110,14 +118,17 @@ class FullCache:
     """No state: the rows of this call are the whole sequence, each sees the rows up to itself."""
 
     def __init__(
-        self, angles: Angles, observe: Callable[[Tensor, Tensor], None] | None = None
+        self,
+        angles: Angles,
+        observe: Callable[[Tensor, Tensor], None] | None = None,
+        hidden: Hidden | None = None,
     ) -> None:
-        """Hold the rotary tables.
+        """Hold the rotary tables, and what is hidden from rows behind pictures.
 
         `observe` is shown what a cache would hold before it is rounded, keys after rotary and
         values, each [B, T, Hkv*D]: calibration of a quantized cache finds its scales there.
         """
-        self.angles, self.observe = angles, observe
+        self.angles, self.observe, self.hidden = angles, observe, hidden
 
     def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Rotate, then attend causally, within the layer's window where it has one."""
@@ -129,6 +140,8 @@ class FullCache:
             self.observe(k, v)
         k, v = core.rounded(k, core.k_scale), core.rounded(v, core.v_scale)
         heads = spec.num_heads, spec.num_kv_heads
+        if self.hidden is not None:
+            return attention(q, k, v, *heads, spec.scale, mask=self.hidden.closed, causal=True)
         if spec.window is None:
             return attention(q, k, v, *heads, spec.scale, causal=True)
         mask = causal_mask(q.shape[1], k.shape[1], spec.window)[None, None]
@@ -147,19 +160,29 @@ class InplaceCache:
         angles: Angles,
         *,
         prompt: bool = False,
+        hidden: Hidden | None = None,
     ) -> None:
         """Hold the buffers [1, Hkv, C, D], used + T - 1 [1], used + T [], and rotary tables.
 
         `prompt` says that calls have many rows, for which a quantized cache has a quicker form.
+        With `hidden` the rows that go to slots are those that stay, and are counted as T.
         """
         self.key, self.value = key, value
         self.last_slot, self.total = last_slot, total
         self.angles = angles
-        self.prompt = prompt
+        self.prompt, self.hidden = prompt, hidden
 
     def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend; `key` and `value` are then the extended buffers."""
         spec = core.spec
+        if self.hidden is not None:
+            out, self.key, self.value = bottleneck_attention(
+                q, k, v, self.key, self.value, self.last_slot, self.total,
+                self.hidden.closed, self.hidden.rows, self.angles.cos, self.angles.sin,
+                spec.num_heads, spec.num_kv_heads, spec.scale,
+                k_scale=core.k_scale, v_scale=core.v_scale, kv_dtype=core.kv_dtype,
+            )  # fmt: skip
+            return out
         out, self.key, self.value = cached_attention(
             q, k, v, self.key, self.value, self.last_slot, self.total,
             self.angles.cos, self.angles.sin,
@@ -173,14 +196,21 @@ class InplaceCache:
 class DeltaCache:
     """A cache that the host extends: the graph reads it and returns this call's rows."""
 
-    def __init__(self, key: Tensor, value: Tensor, mask: Tensor, angles: Angles) -> None:
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        angles: Angles,
+        hidden: Hidden | None = None,
+    ) -> None:
         """Hold the buffers [1, Hkv, S, D], the additive mask [1, 1, T, S+T] and rotary tables.
 
         Buffers of a quantized cache may be float32, of numbers that it can hold; then so are the
-        new rows.
+        new rows. With `hidden`, which the mask says too, new rows are those that stay.
         """
         self.key, self.value = key, value
-        self.mask, self.angles = mask, angles
+        self.mask, self.angles, self.hidden = mask, angles, hidden
 
     def attend(self, core: AttentionCore, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         """Attend; `key` and `value` are then this call's rows [1, Hkv, T, D], after rotary."""
@@ -190,6 +220,9 @@ class DeltaCache:
             spec.num_heads, spec.num_kv_heads, spec.scale,
             k_scale=core.k_scale, v_scale=core.v_scale, kv_dtype=core.kv_dtype,
         )  # fmt: skip
+        if self.hidden is not None:
+            rows = self.hidden.rows
+            self.key, self.value = (x.index_select(2, rows) for x in (self.key, self.value))
         return out
 
 

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.model.attention import Angles, AttentionCore, DeltaCache, InplaceCache
+from edgevlm.model.bottleneck import Hidden, hidden_of
 from edgevlm.model.decoder import Decoder
 from edgevlm.model.plans import (
     PICTURE,
     delta_plan,
     inplace_plan,
+    picture_room,
     reads_prompts,
     step_name,
     vision_plan,
 )
 from edgevlm.model.rope import rope_tables
+from edgevlm.model.spec import VlmSpec
 from edgevlm.model.stages import Asking, Pictures, project, token_offsets
 from edgevlm.model.vision import GridTables, grid_tables
 from edgevlm.model.vlm import Vlm
@@ -99,14 +102,16 @@ class InplaceStep(nn.Module):
     def forward(self, inputs_embeds: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Map this call's rows to logits of the rows wanted, and the extended caches."""
         given = _by_source(self.plan, inputs_embeds, rest)
-        pictures = _pictures(given)
+        pictures, hidden = _pictures(given), _hidden(self.spec, given)
         caches = []
         for segment in self.spec.segments:
             angles = _angles(given, segment, pictures, is_padded=True)
             lengths = given[f"last_slot:{segment.group}"], given[f"total:{segment.group}"]
             for index in range(segment.first, segment.end):
                 cache = given[f"state:key.{index}"], given[f"state:value.{index}"]
-                caches.append(InplaceCache(*cache, *lengths, angles, prompt=self.prompt))
+                caches.append(
+                    InplaceCache(*cache, *lengths, angles, prompt=self.prompt, hidden=hidden)
+                )
         logits = self.decoder(inputs_embeds, caches, given["logit_rows"], pictures)
         return (logits, *(part for cache in caches for part in (cache.key, cache.value)))
 
@@ -123,14 +128,17 @@ class DeltaStep(nn.Module):
     def forward(self, inputs_embeds: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Map this call's rows to logits of the rows wanted, and their keys and values."""
         given = _by_source(self.plan, inputs_embeds, rest)
-        pictures = _pictures(given)
+        pictures, hidden = _pictures(given), _hidden(self.spec, given)
         caches = []
         for segment in self.spec.segments:
             angles = _angles(given, segment, pictures, is_padded=False)
             mask = given[f"mask:{segment.group}"]
+            if hidden is not None:
+                # The host's has the rows that stay, all of which see the same slots.
+                mask = hidden.mask(mask[:, :, :1, : -mask.shape[2]])
             for index in range(segment.first, segment.end):
                 cache = given[f"state:key.{index}"], given[f"state:value.{index}"]
-                caches.append(DeltaCache(*cache, mask, angles))
+                caches.append(DeltaCache(*cache, mask, angles, hidden))
         logits = self.decoder(inputs_embeds, caches, given["logit_rows"], pictures)
         return (logits, *(part for cache in caches for part in (cache.key, cache.value)))
 
@@ -142,8 +150,8 @@ def _by_source(plan: GraphPlan, first: Tensor, rest: tuple[Tensor, ...]) -> dict
 
 
 def _pictures(given: Mapping[str, Tensor]) -> Pictures | None:
-    """Where visual tokens stand, in graphs that are told."""
-    if "picture_rows" not in given:
+    """Where visual tokens stand, in graphs that take some away on the way."""
+    if "last_row" not in given:
         return None
     weights = {
         source.partition(":")[2]: tensor
@@ -151,6 +159,13 @@ def _pictures(given: Mapping[str, Tensor]) -> Pictures | None:
         if source.startswith("row_weights:")
     }
     return Pictures(starts=given["picture_rows"], last=given["last_row"], weights=weights)
+
+
+def _hidden(spec: VlmSpec, given: Mapping[str, Tensor]) -> Hidden | None:
+    """What a bottleneck hides, in graphs that are told where pictures stand."""
+    if "picture_rows" not in given or not spec.hidden:
+        return None
+    return hidden_of(spec, given["picture_rows"], given["embeds"])
 
 
 def _angles(
@@ -191,9 +206,10 @@ def inplace_step(model: Vlm, capacity: int, phases: Collection[str] = ()) -> Mod
     plan = inplace_plan(model.spec, capacity, step_name(phases), pictures=is_picture)
     decoder, prompt = _decoder_of(model, phases), reads_prompts(phases)
     module = InplaceStep(model, decoder, plan, prompt=prompt).eval()
-    num_rows = model.spec.segments[0].tokens + 5 if is_picture else 5
+    num_rows = model.spec.entering + 5 if is_picture else 5
     used = 0 if is_picture else 2
-    examples = _step_examples(model, plan, num_rows, used, capacity)
+    rows = picture_room(model.spec, capacity) if is_picture else capacity
+    examples = _step_examples(model, plan, num_rows, used, rows)
     return ModelGraph(module=module, plan=plan, examples=examples)
 
 
@@ -229,7 +245,7 @@ def _step_examples(
     cos, sin = rope_tables(spec.decoder.rope, torch.arange(used, used + num_rows))
     pad = (0, 0, 0, table_rows - num_rows)
     tables = {"rope_cos": nn.functional.pad(cos, pad), "rope_sin": nn.functional.pad(sin, pad)}
-    tokens, num_pictures = spec.segments[0].tokens, 0
+    tokens, num_pictures = spec.entering, 0
     for tensor in plan.inputs:
         if tensor.source == "picture_rows":
             num_pictures = 1 if isinstance(tensor.shape[0], str) else tensor.shape[0]

@@ -94,7 +94,7 @@ def inplace_plan(
         name=name,
         inputs=(
             _float("inputs_embeds", (1, "T", decoder.width), "embeds"),
-            *_rope_inputs(spec, capacity),
+            *_rope_inputs(spec, picture_room(spec, capacity) if pictures else capacity),
             *lengths,
             TensorSpec(name="logit_rows", dtype="int64", shape=("R",), source="logit_rows"),
             *(_picture_inputs(spec, "T", "P") if pictures else ()),
@@ -106,8 +106,18 @@ def inplace_plan(
         ),
         defaults={"logit_rows": np.array([-1], dtype=np.int64)},
         # Rows are taken away from what is traced: there must be enough of them.
-        examples={"T": max(spec.segments[0].tokens * 8, 64)} if pictures else {},
+        examples={"T": max(spec.entering * 8, 64)} if pictures else {},
     )
+
+
+def picture_room(spec: VlmSpec, capacity: int, pictures: int | None = None) -> int:
+    """The most rows of a prompt with so many pictures, of as many as are planned where None.
+
+    Rows that a bottleneck hides take no slots.
+    """
+    if spec.reduction is None:
+        return capacity
+    return capacity + spec.hidden * (spec.reduction.pictures if pictures is None else pictures)
 
 
 def _suffix(group: str) -> str:
@@ -132,9 +142,10 @@ def _picture_inputs(spec: VlmSpec, rows: int | str, pictures: int | str) -> list
     """Where visual tokens stand, and which rows ask about them."""
     deep = () if spec.reduction is None else (*spec.reduction.cuts, *spec.reduction.skips)
     found = [
-        TensorSpec(name="picture_rows", dtype="int64", shape=(pictures,), source="picture_rows"),
-        TensorSpec(name="last_row", dtype="int64", shape=(1,), source="last_row"),
+        TensorSpec(name="picture_rows", dtype="int64", shape=(pictures,), source="picture_rows")
     ]
+    if deep:
+        found.append(TensorSpec(name="last_row", dtype="int64", shape=(1,), source="last_row"))
     for kind in asked_kinds(deep):
         found.append(_float(f"asks_{kind}", (1, rows), f"row_weights:{kind}"))
     return found
@@ -181,7 +192,7 @@ def delta_plan(
     groups = step_states(spec, capacity, "delta")
     masks, rows_of = [], dict[str, int]()
     for group, segment in zip(groups, state_segments(spec.segments), strict=True):
-        rows = num_rows - (pictures or 0) * (spec.segments[0].tokens - segment.tokens)
+        rows = num_rows - (pictures or 0) * (spec.entering - segment.tokens)
         shape = (1, 1, rows, group.capacity + rows)
         masks.append(_float(f"attn_mask{_suffix(group.name)}", shape, f"mask:{group.name}"))
         rows_of |= {tensor.name: rows for tensor in group.tensors}

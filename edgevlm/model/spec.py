@@ -284,6 +284,8 @@ class VlmSpec:
     def keeps_places(self, grid: tuple[int, int]) -> bool:
         """Whether visual tokens of that grid stand where they stood in the whole picture."""
         before = () if self.reduction is None else self.reduction.before(grid)
+        # Rows behind a picture count on, and move nothing.
+        before = tuple(stage for stage in before if stage.bottleneck is None)
         return bool(before) and before[-1].place == "keep"
 
     def moves_positions(self, grid: tuple[int, int]) -> bool:
@@ -294,6 +296,16 @@ class VlmSpec:
         if policy is not None and policy.ppe is not None:
             return True
         return self.keeps_places(grid) and any(stage.transform is None for stage in before)
+
+    @property
+    def entering(self) -> int:
+        """Rows of a picture (or tile) that enter the decoder, where all grids give as many."""
+        return self.image_tokens(self.vision.grids[0])
+
+    @property
+    def hidden(self) -> int:
+        """Those of them that no row behind the picture sees, and no state keeps."""
+        return 0 if self.reduction is None else self.reduction.hidden
 
     @property
     def segments(self) -> tuple[Segment, ...]:

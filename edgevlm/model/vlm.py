@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.model.attention import Angles, DeltaCache, FullCache
+from edgevlm.model.bottleneck import Hidden, hidden_of
 from edgevlm.model.decoder import Decoder
 from edgevlm.model.fusion import Fusion
 from edgevlm.model.layers import GatedMlp, Layer
@@ -140,21 +141,33 @@ class Vlm(nn.Module):
         pictures: Pictures | None = None,
     ) -> Tensor:
         """The same by one of the decoders."""
-        keys = self.whole_keys(positions)
+        keys = self.whole_keys(positions, hidden=self.hidden(rows, pictures))
         logits: Tensor = decoder(rows, keys, logit_rows, pictures)
         return logits
 
+    def hidden(self, rows: Tensor, pictures: Pictures | None) -> Hidden | None:
+        """What a bottleneck hides in a call of rows [1, T, W]; None where there is none."""
+        if pictures is None or not self.spec.hidden:
+            return None
+        return hidden_of(self.spec, pictures.starts, rows)
+
     def whole_keys(
-        self, positions: Tensor, observe: Sequence[Observe] | None = None
+        self,
+        positions: Tensor,
+        observe: Sequence[Observe] | None = None,
+        hidden: Hidden | None = None,
     ) -> list[FullCache]:
-        """The sources of a whole sequence, each shown to its observer of what a cache holds."""
+        """The sources of a whole sequence, each shown to its observer of what a cache holds.
+
+        `hidden` is what a bottleneck hides among its rows.
+        """
         cos, sin = rope_tables(self.spec.decoder.rope, positions)
         keys: list[FullCache] = []
         for segment in self.spec.segments:
             # Positions that count on by one are packed by leaving out the last of them.
             angles = Angles(cos, sin, is_own=segment.is_packed or segment.first == 0)
             for layer in range(segment.first, segment.end):
-                keys.append(FullCache(angles, None if observe is None else observe[layer]))
+                keys.append(FullCache(angles, None if observe is None else observe[layer], hidden))
         return keys
 
     def answer(
@@ -197,7 +210,7 @@ class Vlm(nn.Module):
         """Logits [1, R, V] of more rows [1, T, W] after `length` of them, and the longer cache."""
         new, keys = rows.shape[1], list[DeltaCache]()
         num_groups = 0 if pictures is None else len(pictures.starts)
-        tokens = self.spec.segments[0].tokens
+        tokens, hidden = self.spec.entering, self.hidden(rows, pictures)
         for segment in self.spec.segments:
             used = past[segment.first][0].shape[2]
             gone = length - used if segment.is_packed else 0
@@ -207,8 +220,11 @@ class Vlm(nn.Module):
             here = new - num_groups * (tokens - segment.tokens)
             for index in range(segment.first, segment.end):
                 window = self.spec.decoder.layers[index].attention.window or 0
-                mask = causal_mask(here, used + here, window)
-                keys.append(DeltaCache(*past[index], mask[None, None], angles))
+                if hidden is None:
+                    mask = causal_mask(here, used + here, window)[None, None]
+                else:
+                    mask = hidden.mask(torch.zeros(1, 1, 1, used))
+                keys.append(DeltaCache(*past[index], mask, angles, hidden))
         logits = decoder(rows, keys, logit_rows, pictures)
         longer = [
             (torch.cat([old_key, source.key], 2), torch.cat([old_value, source.value], 2))

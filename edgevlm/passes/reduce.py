@@ -68,7 +68,8 @@ class Reduce(Pass):
     method: str | None = Field(None, description="A published method.")
     keep: Budget | None = Field(
         None,
-        description="Visual tokens on average over the decoder's layers: a share, or a number.",
+        description="Visual tokens on average over the decoder's layers, or rows of a picture that "
+        "the cache keeps where a bottleneck hides the tokens: a share, or a number.",
     )
     stages: tuple[StageOptions, ...] = Field(
         (), description="The stages themselves, in the order in which tokens pass them."
@@ -239,6 +240,8 @@ def site_of(stage: Stage) -> str:
 def effect_of(before: VlmSpec, after: VlmSpec) -> str:
     """How many tokens are left, in a line."""
     dense = before.dense_tokens(before.vision.grids[0])
+    if after.hidden:
+        return f"{dense} visual tokens leave {_average(after):.4g} rows in the cache"
     return f"{dense} visual tokens become {_average(after):.4g} on average"
 
 

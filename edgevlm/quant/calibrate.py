@@ -145,7 +145,8 @@ def decoder_calls(
     """The calls of a decoder's layers, one per sample: its prompt, with its answer or without."""
     calls: LayerCalls[Rows] = LayerCalls(states=[], steps=[])
     for fed in decoder_inputs(model, cases, visual, answers=answers):
-        keys = model.whole_keys(fed.positions)
+        hidden = model.hidden(fed.rows, fed.pictures)
+        keys = model.whole_keys(fed.positions, hidden=hidden)
         calls.states.append(decoder.entered(fed.rows, None, fed.pictures))
         calls.steps.append(partial(_step_decoder, decoder, keys))
     return calls

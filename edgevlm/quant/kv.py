@@ -84,7 +84,8 @@ def _see_caches(
 
     observers = [partial(note, index) for index in range(len(seen))]
     for fed in decoder_inputs(model, cases, visual, answers=True):
-        keys = model.whole_keys(fed.positions, observers)
+        hidden = model.hidden(fed.rows, fed.pictures)
+        keys = model.whole_keys(fed.positions, observers, hidden)
         decoder: Decoder = model.decoder
         decoder(fed.rows, keys, torch.tensor([0]), fed.pictures)
     return seen

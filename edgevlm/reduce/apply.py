@@ -27,6 +27,8 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     tokens = view.tokens
     if stage.transform is not None:
         return _transformed(stage, tokens)
+    if stage.bottleneck is not None:
+        return _followed_by(tokens, stage.bottleneck.torch(view, stage.count_out))
     if stage.merge is not None:
         if stage.count_out == stage.count_in and not stage.merge.is_learned:
             return tokens
@@ -79,6 +81,17 @@ def chosen_rows(stage: Stage, view: View[Tensor]) -> tuple[Tensor | None, Tensor
     return scores, stage.select.torch(view, scores, stage.count_out - stage.extra)
 
 
+def _followed_by(tokens: VisSeq[Tensor], rows: Tensor) -> VisSeq[Tensor]:
+    """Tokens [B, N, C] and behind them the same rows [m, C] in every group."""
+    import torch
+
+    features, places = tokens.features, tokens.places
+    behind = rows.expand(features.shape[0], -1, -1)
+    count = features.shape[1]
+    numbers = torch.arange(count, count + rows.shape[0]).expand(places.shape[0], -1)
+    return VisSeq(features=torch.cat([features, behind], 1), places=torch.cat([places, numbers], 1))
+
+
 def _transformed(stage: Stage, tokens: VisSeq[Tensor]) -> VisSeq[Tensor]:
     """Both sides of the grid mapped: [B, h, w, C] to [B, h', w', C]."""
     import torch
@@ -105,6 +118,8 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
     tokens = view.tokens
     if stage.transform is not None:
         return _numpy_transformed(stage, tokens)
+    if stage.bottleneck is not None:
+        return _numpy_followed_by(tokens, stage.bottleneck.numpy(view, stage.count_out))
     if stage.merge is not None:
         if stage.count_out == stage.count_in and not stage.merge.is_learned:
             return tokens
@@ -129,6 +144,16 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
         provenance=numpy_way_of_rows(kept, tokens.features.shape[1]),
     )
     return _numpy_traced(stage, view, taken)
+
+
+def _numpy_followed_by(tokens: VisSeq[np.ndarray], rows: np.ndarray) -> VisSeq[np.ndarray]:
+    """The twin of `_followed_by`."""
+    groups, count, _ = tokens.features.shape
+    numbers = np.tile(np.arange(count, count + len(rows)), (groups, 1))
+    return VisSeq(
+        features=np.concatenate([tokens.features, np.tile(rows, (groups, 1, 1))], 1),
+        places=np.concatenate([tokens.places, numbers], 1),
+    )
 
 
 def _numpy_traced(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgevlm.decisions import Decision
 from edgevlm.document import Complaint
+from edgevlm.reduce.bottlenecks.needs import check_bottleneck
 from edgevlm.reduce.lacking import refusal, without_sorting
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import blocks, span
@@ -51,6 +52,7 @@ def problems_of(problem: Problem) -> None:
         is_whole = is_whole and stage.at == "input"
         _check_encoded(stages[:number], stages[number:])
     _check_positions(problem)
+    check_bottleneck(problem)
 
 
 def _check_positions(problem: Problem) -> None:
@@ -340,7 +342,7 @@ def decisions_of(problem: Problem, after: VlmSpec, context: Context) -> Iterator
         first, last = parts[0], parts[-1]
         what = "+".join(piece.name for piece in options.pieces)
         site = f"decoder.layers.{last.layer}" if last.at == "decoder" else last.at
-        effect = f"{first.count_in} tokens become {last.count_out}"
+        effect = _effect_of(first, last)
         if options.skip is not None:
             site, effect = _skipped_at(parts)
         asked = f"stage {number}, {what} at {site}"
@@ -383,6 +385,16 @@ def _skipped_at(parts: Sequence[Stage]) -> tuple[str, str]:
     return (
         f"decoder.layers.{first.layer}" + (f" to {last.layer}" if len(parts) > 1 else ""),
         f"{passing} of {first.count_in} tokens pass {number}, and the others skip it",
+    )
+
+
+def _effect_of(first: Stage, last: Stage) -> str:
+    """What a stage, of several parts perhaps, does to the tokens of a picture."""
+    if last.bottleneck is None:
+        return f"{first.count_in} tokens become {last.count_out}"
+    return (
+        f"{last.count_in} tokens and {last.count_out} rows behind them pass the decoder once, and "
+        f"the cache keeps the {last.count_out}"
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Cost",
     "Prompt",
     "choosing_macs",
+    "kept_rows",
     "kv_bytes",
     "kv_numbers",
     "layer_macs",
@@ -73,19 +74,22 @@ class Cost:
 
 def prompt_cost(spec: VlmSpec, prompt: Prompt) -> Cost:
     """What a model does to read a prompt."""
-    rows = prompt_rows(spec, prompt)
+    rows, kept = prompt_rows(spec, prompt), kept_rows(spec, prompt)
     return Cost(
         vision=prompt.groups * vision_macs(spec, prompt.grid),
         projector=prompt.groups * projector_macs(spec, prompt.grid),
         prefill=prefill_macs(spec.decoder, rows),
         choosing=choosing_macs(spec, prompt),
-        kv_numbers=kv_numbers(spec.decoder, rows),
-        kv_bytes=kv_bytes(spec.decoder, rows),
+        kv_numbers=kv_numbers(spec.decoder, kept),
+        kv_bytes=kv_bytes(spec.decoder, kept),
     )
 
 
 def visual_tokens(spec: VlmSpec, grid: Grid) -> tuple[int, ...]:
-    """Visual tokens of a picture of a grid, for every layer of the decoder."""
+    """Rows of a picture of a grid that pass each layer of the decoder.
+
+    They are its visual tokens, and rows behind them where those stand for the picture.
+    """
     first, *deep = spec.segments
     found = [spec.image_tokens(grid)] * (first.end - first.first)
     for segment in deep:
@@ -97,6 +101,11 @@ def prompt_rows(spec: VlmSpec, prompt: Prompt) -> tuple[int, ...]:
     """Rows of a prompt, for every layer of the decoder."""
     tokens = visual_tokens(spec, prompt.grid)
     return tuple(prompt.groups * count + prompt.text_rows for count in tokens)
+
+
+def kept_rows(spec: VlmSpec, prompt: Prompt) -> tuple[int, ...]:
+    """Those of them that every layer keeps in the cache: a bottleneck hides the others."""
+    return tuple(count - prompt.groups * spec.hidden for count in prompt_rows(spec, prompt))
 
 
 def layer_macs(layer: LayerSpec, width: int, rows: int, seen: int | None = None) -> int:
@@ -241,12 +250,15 @@ def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
     """Multiply-adds of the stages of a model, for the groups of a prompt.
 
     Where nothing sorts and nothing is looked up, look-ups of whole tokens are products, and are
-    counted; those of single numbers are left out.
+    counted; those of single numbers are left out. What a bottleneck hides is found by one product,
+    of the rows of a prompt with themselves.
     """
     if spec.reduction is None:
         return 0
     rows = prompt_rows(spec, prompt)
     total = prompt.groups * _ordered_macs(spec, prompt.grid)
+    if spec.hidden:
+        total += prompt.groups * rows[0] ** 2
     for stage in dict(spec.reduction.stages)[prompt.grid]:
         if stage.at == "input" and stage.transform is not None:
             # Pictures are made smaller before they are a graph's.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edgevlm.decisions import Decision
-from edgevlm.reduce.piece import Choice, Merge, Piece, Rest, Scorer, known
+from edgevlm.reduce.piece import Bottleneck, Choice, Merge, Piece, Rest, Scorer, known
 
 if TYPE_CHECKING:
     from edgevlm.passes.base import Context
@@ -38,7 +38,8 @@ def without_sorting(problem: Problem, context: Context) -> Iterator[Decision]:
     """That what sorts or looks up does so in another way, where anything does."""
     if not problem.dense:
         return
-    if any(stage.transform is None and not _missing(stage, context) for stage in problem.stages):
+    choosing = [stage for stage in problem.stages if not (stage.transform or stage.bottleneck)]
+    if any(not _missing(stage, context) for stage in choosing):
         lacking = [f"no {op}" for op in lacking_ops(context) if op in SORTING_OPS]
         yield Decision(
             asked="choice of tokens",
@@ -88,7 +89,8 @@ def _instead(piece: Piece | None, stage: StageOptions, lacking: tuple[str, ...])
         return "take tokens away at projector, or choose another device"
     if piece is None:
         return "put the stage at projector, or choose another device"
-    family = next(base for base in (Scorer, Choice, Rest, Merge) if isinstance(piece, base))
+    families = (Scorer, Choice, Rest, Merge, Bottleneck)
+    family = next(base for base in families if isinstance(piece, base))
     others = sorted(
         name
         for name, kind in known(family).items()

@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from edgevlm.document import Complaint, Options, show
-from edgevlm.reduce.piece import Choice, Merge, Rest, Schedule, Scorer, Site, Skip, Transform
+from edgevlm.reduce.piece import (
+    Bottleneck,
+    Choice,
+    Merge,
+    Rest,
+    Schedule,
+    Scorer,
+    Site,
+    Skip,
+    Transform,
+)
 from edgevlm.reduce.pieces import (
+    BottleneckField,
     ChoiceField,
     MergeField,
     RestField,
@@ -65,6 +76,7 @@ if TYPE_CHECKING:
     AnyTransform = Transform
     AnySkip = Skip
     AnySchedule = Schedule
+    AnyBottleneck = Bottleneck
 else:
     AnyScorer = ScorerField
     AnyChoice = ChoiceField
@@ -73,8 +85,9 @@ else:
     AnyTransform = TransformField
     AnySkip = SkipField
     AnySchedule = ScheduleField
+    AnyBottleneck = BottleneckField
 
-VERBS = ("select", "merge", "transform")
+VERBS = ("select", "merge", "transform", "bottleneck")
 
 
 class StageOptions(Options):
@@ -84,7 +97,8 @@ class StageOptions(Options):
     keep: Keep = Field(
         "budget",
         description="Tokens of a picture that leave it: a number, a share of those that come, or "
-        "'budget' ('budget^2' for a second stage), which is solved for the average over layers.",
+        "'budget' ('budget^2' for a second stage), which is solved for the average over layers. Of "
+        "a bottleneck: the rows that stay in the cache.",
     )
     layer: int | None = Field(None, ge=0, description="Of the decoder: the layer it stands before.")
     depth: float | None = Field(
@@ -113,6 +127,9 @@ class StageOptions(Options):
     )
     merge: AnyMerge | None = Field(None, description="Which tokens become one.")
     transform: AnyTransform | None = Field(None, description="A constant map of the grid.")
+    bottleneck: AnyBottleneck | None = Field(
+        None, description="Rows by which alone what follows a picture sees it."
+    )
     place: Literal["keep", "repack"] | None = Field(
         None,
         description="Positions in the decoder: those the tokens had, or counted anew; absent: "
@@ -159,6 +176,13 @@ class StageOptions(Options):
             )
         self._check_encoder_layers()
         self._check_scores()
+        if self.bottleneck is not None and self.place == "repack":
+            raise Complaint(
+                f"text behind {self.bottleneck.name!r} stands where it does behind the whole "
+                "picture, and nothing is counted anew",
+                hint="remove place",
+                key="place",
+            )
         for piece in self.pieces:
             if self.at not in piece.sites:
                 raise Complaint(
@@ -265,7 +289,10 @@ class StageOptions(Options):
     @property
     def pieces(self) -> tuple[Any, ...]:
         """Its pieces."""
-        found = (self.score, self.select, self.rest, self.skip, self.merge, self.transform)
+        found = (
+            *(self.score, self.select, self.rest, self.skip, self.merge, self.transform),
+            self.bottleneck,
+        )
         return tuple(piece for piece in found if piece is not None)
 
     @property

@@ -264,6 +264,26 @@ class Schedule(Piece):
         """
 
 
+class Bottleneck(Piece):
+    """Rows behind the tokens of a picture, by which alone later rows of the decoder see it.
+
+    It takes no token away: the picture and its rows pass all layers of the decoder together, and
+    of both only the rows stay in the state.
+    """
+
+    static_class: ClassVar[StaticClass] = "S3"
+    sites: ClassVar[tuple[Site, ...]] = ("projector",)
+    ops: ClassVar[tuple[str, ...]] = ("Gather",)
+
+    @abstractmethod
+    def torch(self, view: View[Tensor], count: int) -> Tensor:
+        """Rows [count, C], the same for every picture."""
+
+    @abstractmethod
+    def numpy(self, view: View[np.ndarray], count: int) -> np.ndarray:
+        """The twin of `torch`."""
+
+
 def plugins() -> None:
     """Import the modules that installed packages name under the entry point `edgevlm.reduce`."""
     for entry in importlib.metadata.entry_points(group="edgevlm.reduce"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgevlm.reduce.bottlenecks import learned_rows
 from edgevlm.reduce.choices import (
     cover,
     dpp,
@@ -14,6 +15,7 @@ from edgevlm.reduce.choices import (
 )
 from edgevlm.reduce.merges import bipartite, clusters, fuse, registers, resample
 from edgevlm.reduce.piece import (
+    Bottleneck,
     Choice,
     Merge,
     Rest,
@@ -46,6 +48,7 @@ BUILT_IN = (
     *(fourier, pool, resize, windows),
     *(gated, reweighted),
     *(cosine, every),
+    learned_rows,
 )
 plugins()
 
@@ -56,3 +59,4 @@ MergeField = named(Merge, "merge")
 TransformField = named(Transform, "transform")
 SkipField = named(Skip, "skip")
 ScheduleField = named(Schedule, "schedule")
+BottleneckField = named(Bottleneck, "bottleneck")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.reduce.fusion import FusionOptions
-from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Skip, Transform
+from edgevlm.reduce.piece import Bottleneck, Choice, Merge, Rest, Scorer, Site, Skip, Transform
 from edgevlm.reduce.positions import PositionOptions
 
 __all__ = ["Reduction", "Segment", "Stage"]
@@ -32,6 +32,9 @@ class Stage:
     behind it all are there again. `extra` of the tokens that leave are made by `rest`. `grid_in`
     and `grid_out` are there where tokens lie on a whole grid. `place` is `keep` or `repack`.
     `dense` asks for forms without TopK and Gather.
+
+    Of a bottleneck `count_out` are the rows that it puts behind the `count_in` tokens, which pass
+    the decoder with them and are no longer seen from behind.
     """
 
     at: Site
@@ -47,6 +50,7 @@ class Stage:
     merge: Merge | None = None
     transform: Transform | None = None
     skip: Skip | None = None
+    bottleneck: Bottleneck | None = None
     extra: int = 0
     number: int = 1
     dense: bool = False
@@ -54,7 +58,10 @@ class Stage:
     @property
     def pieces(self) -> tuple[Any, ...]:
         """Its pieces, in the order in which they work."""
-        found = (self.score, self.select, self.rest, self.skip, self.merge, self.transform)
+        found = (
+            *(self.score, self.select, self.rest, self.skip, self.merge, self.transform),
+            self.bottleneck,
+        )
         return tuple(piece for piece in found if piece is not None)
 
     @property
@@ -85,10 +92,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """Decoder layers from `first` to `end` - 1, which see `tokens` visual tokens of a picture.
+    """Decoder layers from `first` to `end` - 1, which keep `tokens` rows of a picture in a state.
 
-    They keep their state in the group `group`, which segments share that see as many rows, be it
-    others in each. `is_packed` says that positions are counted anew at its beginning.
+    These are the visual tokens that the layers see, unless a bottleneck hides some of them from
+    what follows the picture. The state is the group `group`, which segments share that see as many
+    rows, be it others in each. `is_packed` says that positions are counted anew at its beginning.
     """
 
     group: str
@@ -148,11 +156,25 @@ class Reduction:
         deep = self.of(self.stages[0][0], "decoder")
         return tuple(stage for stage in deep if stage.skip is not None)
 
+    @property
+    def bottleneck(self) -> Stage | None:
+        """The stage whose rows stand for a picture, which is the same for every grid."""
+        found = [stage for stage in self.stages[0][1] if stage.bottleneck is not None]
+        return found[0] if found else None
+
+    @property
+    def hidden(self) -> int:
+        """Rows of a picture that no row behind it sees, and no state keeps."""
+        stage = self.bottleneck
+        return 0 if stage is None else stage.count_in
+
     def tokens(self, grid: Grid, dense: int) -> int:
-        """Visual tokens of a picture that enter the decoder, of `dense` before any stage."""
+        """Rows of a picture that enter the decoder, of `dense` visual tokens before any stage."""
         before = self.before(grid)
         if not before:
             return dense
+        if before[-1].bottleneck is not None:
+            return before[-1].count_in + before[-1].count_out
         is_joined = before[-1].at == "projector"
         return before[-1].count_out // (1 if is_joined else self.merge**2)
 
@@ -161,7 +183,7 @@ class Reduction:
         cuts = self.cuts
         first_cut = cuts[0].layer if cuts else num_layers
         assert first_cut is not None
-        tokens = self.tokens(self.stages[0][0], dense)
+        tokens = self.tokens(self.stages[0][0], dense) - self.hidden
         if self.skips:
             return _skipped_segments(self.skips, num_layers, tokens)
         found = [Segment(group=MAIN, first=0, end=first_cut, tokens=tokens)]
@@ -211,6 +233,6 @@ def state_segments(segments: Sequence[Segment]) -> tuple[Segment, ...]:
 
 
 def average_tokens(segments: Sequence[Segment]) -> float:
-    """Visual tokens of a picture, averaged over the layers of the decoder."""
+    """Rows of a picture that the layers of the decoder keep, on average."""
     layers = segments[-1].end
     return sum((part.end - part.first) * part.tokens for part in segments) / layers

@@ -286,6 +286,14 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
         layer = layer_of(options, len(problem.spec.decoder.layers))
     place = options.place or _place(problem, options)
     grid_out = grid if keep == count else None
+    if options.bottleneck is not None:
+        grid_out, longest = None, problem.spec.decoder.max_positions
+        if count + keep >= longest:
+            raise Complaint(
+                f"{count} tokens and {keep} rows behind them take the {longest} positions that "
+                "the model knows",
+                hint="keep fewer, or put a stage before it that takes tokens away",
+            )
     if options.transform is not None:
         assert grid is not None
         # The sides of what leaves must divide into the squares that a projector joins.
@@ -313,12 +321,13 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
             count_out=keep,
             grid_in=grid,
             grid_out=grid_out,
-            place=place,
+            place="keep" if options.bottleneck is not None else place,
             score=options.score,
             select=options.select,
             rest=options.rest,
             merge=options.merge,
             transform=options.transform,
+            bottleneck=options.bottleneck,
             extra=extra,
             number=number,
             dense=problem.dense,

@@ -113,9 +113,9 @@ class GraphSpec:
     None where T is dynamic up to `max_rows`. `mask` is `causal` (built in) or `additive` (an input,
     whose closed value is `mask_value`). `grid` is the patch grid (height, width) that a static
     native-resolution vision graph was made for. `dropped` says for a state group how many rows
-    never reach it, because the graph reduces them before the layers of that group: rows of each
-    picture group where the graph has an input of source `picture_rows`, else of each call. T in the
-    group's inputs is then T less these.
+    never reach it, because the graph reduces them before the layers of that group, or hides them
+    from what follows and keeps the others: rows of each picture group where the graph has an input
+    of source `picture_rows`, else of each call. T in the group's inputs is then T less these.
     """
 
     name: str

@@ -283,12 +283,13 @@ def test_places_of_stages(stages: str, expected: str) -> None:
         ),
         (
             "{at: projector, keep: 8}",
-            "recipe.yaml:4:23: a stage has one of select, merge, transform, got none\n"
+            "recipe.yaml:4:23: a stage has one of select, merge, transform, bottleneck, got none\n"
             "  hint: add select: uniform, or another",
         ),
         (
             "{at: projector, keep: 8, select: spread, merge: bipartite}",
-            "recipe.yaml:4:23: a stage has one of select, merge, transform, got select and merge\n"
+            "recipe.yaml:4:23: a stage has one of select, merge, transform, bottleneck, got select "
+            "and merge\n"
             "  hint: write one stage for each",
         ),
         (

@@ -44,10 +44,24 @@ def test_segments(place: str) -> None:
     assert plan.tokens.average == 8.5
     assert plan.tokens.segments == (
         SegmentPlan(
-            first=0, end=1, tokens=12, rows=76, positions="packed", group="main", capacity=160
+            first=0,
+            end=1,
+            tokens=12,
+            kept=12,
+            rows=76,
+            positions="packed",
+            group="main",
+            capacity=160,
         ),
         SegmentPlan(
-            first=1, end=2, tokens=5, rows=69, positions="packed", group="from_1", capacity=153
+            first=1,
+            end=2,
+            tokens=5,
+            kept=5,
+            rows=69,
+            positions="packed",
+            group="from_1",
+            capacity=153,
         ),
     )
     for variant in plan.variants:

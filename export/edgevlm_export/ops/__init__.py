@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgevlm_export.ops.activate import ACTIVATIONS, activate
 from edgevlm_export.ops.attention import attention
+from edgevlm_export.ops.bottleneck_attention import bottleneck_attention
 from edgevlm_export.ops.cached_attention import cached_attention
 from edgevlm_export.ops.cover_rows import cover_rows
 from edgevlm_export.ops.dpp_rows import dpp_rows
@@ -27,6 +28,7 @@ __all__ = [
     "CLOSED",
     "activate",
     "attention",
+    "bottleneck_attention",
     "cached_attention",
     "causal_mask",
     "cover_rows",

@@ -143,21 +143,7 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
     q, k, v, past_key, past_value, seqlens_k, total, cos, sin, *scales = tensors(node, 11)
     num_heads, num_kv_heads = attribute(node, "num_heads"), attribute(node, "num_kv_heads")
     kv_dtype = attribute(node, "kv_dtype")
-    if kv_dtype in FLOAT8:
-        raise ExportError(
-            f"{emit.site!r} has a cache of {kv_dtype}, GroupQueryAttention takes int8 and int4",
-            role=emit.graph.name or "graph",
-            op=node.op_type,
-            hint="choose int8, or a target of standard ops",
-        )
-    size = static_dims(past_key)[3] * (2 if kv_dtype == "int4" else 1)
-    if size % 8:
-        raise ExportError(
-            f"{emit.site!r} has heads of {size} numbers, GroupQueryAttention takes multiples of 8",
-            role=emit.graph.name or "graph",
-            op=node.op_type,
-            hint="choose a target of standard ops",
-        )
+    size = kernel_head_size(emit, node, past_key)
     if kv_dtype and attribute(node, "prompt"):
         return lower_prompt(emit, node, size)
     assert q is not None
@@ -189,6 +175,27 @@ def _contrib(emit: Emitter, node: ir.Node) -> Sequence[ir.Value]:
         do_rotary=int(cos is not None),
         rotary_interleaved=0,
     )
+
+
+def kernel_head_size(emit: Emitter, node: ir.Node, past_key: ir.Value | None) -> int:
+    """Numbers of a head; ExportError where GroupQueryAttention does not take heads or cache."""
+    kv_dtype = attribute(node, "kv_dtype")
+    if kv_dtype in FLOAT8:
+        raise ExportError(
+            f"{emit.site!r} has a cache of {kv_dtype}, GroupQueryAttention takes int8 and int4",
+            role=emit.graph.name or "graph",
+            op=node.op_type,
+            hint="choose int8, or a target of standard ops",
+        )
+    size = static_dims(past_key)[3] * (2 if kv_dtype == "int4" else 1)
+    if size % 8:
+        raise ExportError(
+            f"{emit.site!r} has heads of {size} numbers, GroupQueryAttention takes multiples of 8",
+            role=emit.graph.name or "graph",
+            op=node.op_type,
+            hint="choose a target of standard ops",
+        )
+    return size
 
 
 def _grid_attributes(kv_dtype: str, scales: Sequence[ir.Value | None]) -> dict[str, Any]:

@@ -38,14 +38,12 @@ def lower_prompt(emit: Emitter, node: ir.Node, size: int) -> Sequence[ir.Value]:
         k = contrib_rotary(emit, k, cos, sin, num_heads=num_kv_heads, size=size)
     slots = emit.shared(
         f"{_group(last_slot)}new_slots_x{num_kv_heads}",
-        lambda emit: _new_slots(emit, _used_slots(emit, rows, last_slot), rows, num_kv_heads),
+        lambda emit: new_slots(emit, used_slots(emit, rows, last_slot), rows, num_kv_heads),
     )
     # Asked of the rows of this layer, or the caches of all layers would be restored before any row
     # is there: they hang on nothing else.
-    used = _used_slots(emit, rows, last_slot)
-    grids = [
-        _Grid(emit, scale, attribute(node, "kv_dtype"), num_kv_heads, size) for scale in scales
-    ]
+    used = used_slots(emit, rows, last_slot)
+    grids = [Grid(emit, scale, attribute(node, "kv_dtype"), num_kv_heads, size) for scale in scales]
     news, olds, presents = [], [], []
     for grid, new, past in zip(grids, (k, v), (past_key, past_value), strict=True):
         numbers, codes = grid.rounded(new)
@@ -64,10 +62,10 @@ def lower_prompt(emit: Emitter, node: ir.Node, size: int) -> Sequence[ir.Value]:
         softcap=attribute(node, "softcap"),
         local_window_size=attribute(node, "window") or -1,
     )
-    return [_released(emit, out, extended, num_heads * size), *presents]
+    return [released(emit, out, extended, num_heads * size), *presents]
 
 
-def _released(emit: Emitter, out: ir.Value, extended: Sequence[ir.Value], width: int) -> ir.Value:
+def released(emit: Emitter, out: ir.Value, extended: Sequence[ir.Value], width: int) -> ir.Value:
     """`out` [1, T, Hq*D] as it is, read after `extended`.
 
     ONNX Runtime keeps an output that nothing reads until the call ends: that would be the float32
@@ -79,12 +77,13 @@ def _released(emit: Emitter, out: ir.Value, extended: Sequence[ir.Value], width:
     return emit.one("Reshape", out, shape, part="rows")
 
 
-class _Grid:
+class Grid:
     """The nodes that round and restore the keys, or the values, of one attention."""
 
     def __init__(
         self, emit: Emitter, scale: ir.Value | None, dtype: str, num_kv_heads: int, size: int
     ) -> None:
+        """Take the scale, a constant, for caches of so many heads of `size` numbers."""
         assert scale is not None
         assert scale.const_value is not None, f"{scale.name} is not a constant"
         self._emit, self._dtype, self._heads, self._size = emit, dtype, num_kv_heads, size
@@ -143,7 +142,7 @@ class _Grid:
         return emit.one("Reshape", pairs, emit.ints(1, self._heads, -1, self._size))
 
 
-def _used_slots(emit: Emitter, rows: ir.Value, last_slot: ir.Value | None) -> ir.Value:
+def used_slots(emit: Emitter, rows: ir.Value, last_slot: ir.Value | None) -> ir.Value:
     """Slots used before this call, int64 [1]: one more than the last slot, less T."""
     end = emit.shared(f"{_group(last_slot)}total_slots", lambda emit: _total_slots(emit, last_slot))
     return emit.one("Sub", end, emit.one("Shape", rows, start=1, end=2))
@@ -160,7 +159,7 @@ def _total_slots(emit: Emitter, last_slot: ir.Value | None) -> ir.Value:
     return emit.one("Add", emit.one("Cast", last_slot, to=ir.DataType.INT64), emit.ints(1))
 
 
-def _new_slots(emit: Emitter, used: ir.Value, rows: ir.Value, num_kv_heads: int) -> ir.Value:
+def new_slots(emit: Emitter, used: ir.Value, rows: ir.Value, num_kv_heads: int) -> ir.Value:
     """Where new rows [1, T, Hkv, W] lie in a cache [1, Hkv, C, W]: batch, head, slot of each."""
     count = emit.one("Shape", rows, start=1, end=2)
     scalar = [emit.one("Squeeze", x) for x in (used, emit.one("Add", used, count))]

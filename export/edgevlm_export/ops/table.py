@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgevlm_export.ops.activate import OP as ACTIVATE
 from edgevlm_export.ops.attention import OP as ATTENTION
+from edgevlm_export.ops.bottleneck_attention import OP as BOTTLENECK_ATTENTION
 from edgevlm_export.ops.cached_attention import OP as CACHED_ATTENTION
 from edgevlm_export.ops.cover_rows import OP as COVER_ROWS
 from edgevlm_export.ops.dpp_rows import OP as DPP_ROWS
@@ -27,6 +28,7 @@ OPS = {
     for op in (
         ACTIVATE,
         ATTENTION,
+        BOTTLENECK_ATTENTION,
         CACHED_ATTENTION,
         COVER_ROWS,
         DPP_ROWS,

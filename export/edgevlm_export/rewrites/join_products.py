@@ -26,6 +26,8 @@ WEIGHT, NUM_INPUTS = 1, 5
 
 The constants of activations behind them are for other forms: here none are rounded by constants.
 """
+CACHED = ("cached_attention", "bottleneck_attention")
+"""Ops of steps that extend a cache: all of them join, so that they share what is joined."""
 
 
 class JoinProducts(ir.passes.InPlacePass):
@@ -35,7 +37,7 @@ class JoinProducts(ir.passes.InPlacePass):
         """Join wherever two or more products of one kind read one value."""
         graph = model.graph
         found = False
-        if any((node.domain, node.op_type) == (DOMAIN, "cached_attention") for node in graph):
+        if any(node.domain == DOMAIN and node.op_type in CACHED for node in graph):
             for nodes in list(_groups(graph)):
                 _join(graph, nodes)
                 found = True

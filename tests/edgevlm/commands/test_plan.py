@@ -89,6 +89,7 @@ def test_document(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "first": 2,
         "end": 32,
         "tokens": 144,
+        "kept": 144,
         "rows": 243,
         "positions": "kept",
         "group": "from_2",

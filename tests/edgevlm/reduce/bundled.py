@@ -46,9 +46,10 @@ class Bundled:
         num_layers: int,
         stages: Sequence[Mapping[str, Any]],
         keep: float | None,
+        model: Vlm | None = None,
     ) -> None:
-        """Write all step graphs of both forms."""
-        self.model = model_of(staged(deep_spec(num_layers), *stages, keep=keep))
+        """Write all step graphs of both forms, of a model that is there where one is given."""
+        self.model = model or model_of(staged(deep_spec(num_layers), *stages, keep=keep))
         plan = make_plan(_RECIPE, recipe_device(_RECIPE), self.model.spec)
         self.plan = dataclasses.replace(
             plan,
@@ -82,11 +83,12 @@ class Bundled:
 def captures(model: Vlm, plan: Plan) -> Iterator[tuple[VariantPlan, PlannedGraph, ir.Model]]:
     """Every graph; those that see no pictures depend on what runs of layers there are alone.
 
-    Where tokens skip layers these runs are those of no cuts, and nothing is captured for others.
+    Where tokens skip layers, or rows of a picture are hidden, they are captured like others.
     """
     for variant in plan.variants:
         for planned in variant.graphs:
-            if planned.name.startswith("step") and not model.decoder.skips:
+            is_alike = not model.decoder.skips and not model.spec.hidden
+            if planned.name.startswith("step") and is_alike:
                 steps = captured_steps(model.spec.segments)
                 yield variant, planned, steps[variant.target, planned.name]
             else:

@@ -106,7 +106,7 @@ class Asked:
 def asked(model: Vlm, num_pictures: int = 1, *, answer: Sequence[int] = (), seed: int = 3) -> Asked:
     """Some text, then every picture with a word behind it, then a question."""
     random = np.random.default_rng(seed)
-    tokens = model.spec.segments[0].tokens
+    tokens = model.spec.entering
     image = model.spec.image_token_id
     ids = [*random.integers(3, 80, 4)]
     starts = []

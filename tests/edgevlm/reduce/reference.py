@@ -82,7 +82,7 @@ class Reference:
     ) -> tuple[Array, Array]:
         """What attention adds to rows [T, W], and its shares [H, T, T].
 
-        Keys that are `hidden` [T] are seen by no row.
+        Keys that are `hidden` [T] are seen by no row; of [T, T] each row has its own.
         """
         attention = self.spec.layers[index].attention
         q, k, v = self.projected(index, x)

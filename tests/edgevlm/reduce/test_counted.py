@@ -204,6 +204,28 @@ def test_a_prompt_without_cuts(tmp_path: Path) -> None:
     )
 
 
+def test_a_prompt_with_a_bottleneck(tmp_path: Path) -> None:
+    """All rows pass all layers, and the mask and the state have those that stay."""
+    passes = "passes: [{reduce: {stages: [{at: projector, keep: 3, bottleneck: learned_rows}]}}]\n"
+    rough = planned(passes, deep_spec())
+    graph = next(graph for graph in rough.variants[0].graphs if graph.phases == ("picture",))
+    assert graph.rows is not None
+    plan = planned(passes, deep_spec(), text_rows=graph.rows - 19)
+    path = written(plan, graph, tmp_path)
+    found = products(path)
+    own, probes, past = sorted_out(found, [graph.rows] * 5)
+    assert probes == []
+    assert plan.tokens.cost.prefill == sum(product.macs for product in own)
+    assert mask_shapes(path) == [(graph.rows - 16, CAPACITY + graph.rows - 16)]
+    seen = [graph.rows + CAPACITY] * 5
+    assert prefill_macs(plan.spec.decoder, [graph.rows] * 5, seen) == sum(
+        product.macs for product in (*own, *past)
+    )
+    rest = [x for x in found if x not in (*own, *past) and "kept_rows" not in x.name]
+    hiding = [x for x in rest if not x.name.startswith(("decoder.head", "decoder.norm"))]
+    assert plan.tokens.cost.choosing == sum(product.macs for product in hiding)
+
+
 ENCODERS = {
     "merging in every layer": ["{at: encoder.layers, keep: 7, merge: bipartite}"],
     "fusing in two layers, then clusters": [

@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 EARLY = [
     name
     for name in method_names()
-    if all(stage.at != "decoder" for stage in load_method(name).stages)
+    if all(stage.at != "decoder" and not stage.bottleneck for stage in load_method(name).stages)
 ]
 
 

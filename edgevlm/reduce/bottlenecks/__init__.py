@@ -1,0 +1,1 @@
+"""Bottlenecks: rows by which alone what follows a picture sees it."""
