@@ -31,6 +31,7 @@ from edgevlm.resources import device_files
 from edgevlm.sizes import (
     Parameters,
     decoder_activations,
+    learned_bytes,
     parameters,
     shares_table,
     table_bytes,
@@ -330,10 +331,10 @@ def _memory(
         for step in steps
     )
     rows = max(step.rows or step.max_rows or 1 for step in steps)
-    shared = shares_table(spec, steps[0].form)
+    shared, learned = shares_table(spec, steps[0].form), learned_bytes(spec)
     return MemoryPlan(
-        weights=encoder + sum(layers.values()) + norms + (0 if shared else head),
-        packed=encoder * num_visions + packed + (norms + head) * len(steps),
+        weights=encoder + sum(layers.values()) + norms + learned + (0 if shared else head),
+        packed=encoder * num_visions + packed + learned + (norms + head) * len(steps),
         embedding=table_bytes(spec),
         state=sum(group.nbytes for group in state),
         activations=size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edgevlm.model.spec import (
@@ -14,10 +15,12 @@ from edgevlm.model.spec import (
     VlmSpec,
 )
 from edgevlm.quant.sites import linear_sites
+from edgevlm.reduce.extent import extent_of
 
 __all__ = [
     "Parameters",
     "decoder_activations",
+    "learned_bytes",
     "parameters",
     "shares_table",
     "table_bytes",
@@ -83,6 +86,23 @@ def weight_bytes(spec: VlmSpec, *roots: str) -> int:
                 size = linear.rows, linear.columns
                 total += 4 * linear.numbers if scheme is None else scheme.weights.nbytes(*size)
     return total
+
+
+def learned_bytes(spec: VlmSpec) -> int:
+    """Bytes of what a reduction has learned, which is float32."""
+    if spec.reduction is None:
+        return 0
+    _, stages = spec.reduction.stages[0]
+    numbers = sum(
+        math.prod(weight.shape)
+        for stage in stages
+        for piece in stage.pieces
+        for weight in piece.weights(extent_of(spec, stage)).values()
+    )
+    if spec.reduction.fusion is not None:
+        layer = spec.decoder.layers[0]
+        numbers += spec.reduction.fusion.layers * _layer(layer, spec.decoder.width)
+    return int(4 * numbers)
 
 
 def table_bytes(spec: VlmSpec) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 
 from edgevlm.evidence.fed import Visual, arrays_of, asking_of, inputs_along, pixels_of, visual_of
 from edgevlm.evidence.witness import Question, Witness
-from edgevlm.model.stages import Seen
 from edgevlm.model.vision import grid_tables
 from edgevlm.model.vlm import Vlm
 from edgevlm.reduce.seq import replaced
@@ -42,8 +42,7 @@ def eager_witness(
     """
     vision, projector, own = _pictures(model, question, parent, reduces=reduces)
     chained = arrays_of(own)
-    theirs = parent.projector, parent.offsets
-    given = own if reduces or own is None else Visual.of(*theirs)
+    given = own if reduces or own is None else Visual.of(parent)
     logits_RV = _along(model, question, given, parent.answer)
     fed, free_RV = given, logits_RV
     if lossy and given is not own and not all(map(np.array_equal, chained, parent.projector)):
@@ -63,6 +62,7 @@ def eager_witness(
         chained=chained,
         fed=arrays_of(fed),
         offsets=() if fed is None else tuple(x.numpy() for x in fed.offsets),
+        texts=() if fed is None else tuple(x.numpy() for x in fed.texts),
         free=None if free_RV is logits_RV else free_RV,
     )
 
@@ -92,7 +92,7 @@ def _pictures(
             given = seen
             if parent.vision and not reduces:
                 theirs = torch.from_numpy(parent.vision[len(vision) - 1]).reshape(features.shape)
-                given = Seen(tokens=replaced(seen.tokens, theirs), probes=seen.probes)
+                given = replace(seen, tokens=replaced(seen.tokens, theirs))
             projector.append(model.project(given, grid, asking).features.flatten(0, -2).numpy())
     return tuple(vision), tuple(projector), visual_of(model, chained)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgevlm.evidence.witness import Question
+from edgevlm.evidence.witness import Question, Witness
 from edgevlm.model.stages import Asking, Pictures, token_offsets
 from edgevlm.model.vlm import Vlm
 from edgevlm.reduce.seq import VisSeq
@@ -23,21 +23,22 @@ class Visual:
     """The visual tokens of a prompt: for each call of the vision graph rows [k, W].
 
     `offsets` [k, A] say how far they stand behind the beginning of their picture, where they do not
-    follow each other; they are empty where they do.
+    follow each other; they are empty where they do. `texts` [Q, W] are the rows of text that have
+    seen each picture, where they are fused.
     """
 
     rows: tuple[Tensor, ...]
     offsets: tuple[Tensor, ...] = ()
+    texts: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(
-        cls, rows: Sequence[NDArray[np.float32]], offsets: Sequence[NDArray[np.float32]]
-    ) -> Visual:
-        """Those that a witness holds."""
-        return cls(
-            rows=tuple(torch.from_numpy(x) for x in rows),
-            offsets=tuple(torch.from_numpy(x) for x in offsets),
+    def of(cls, witness: Witness) -> Visual:
+        """What a witness holds."""
+        rows, offsets, texts = (
+            tuple(torch.from_numpy(x) for x in part)
+            for part in (witness.projector, witness.offsets, witness.texts)
         )
+        return cls(rows=rows, offsets=offsets, texts=texts)
 
 
 class Fed(NamedTuple):
@@ -53,12 +54,14 @@ def visual_of(model: Vlm, calls: Sequence[tuple[VisSeq[Tensor], tuple[int, int]]
     """What calls for pictures of some grids made, None without pictures."""
     if not calls:
         return None
-    rows, offsets = [], []
+    rows, offsets, texts = [], [], []
     for tokens, grid in calls:
+        if tokens.text is not None:
+            texts.append(tokens.text.flatten(0, -2))
         rows.append(tokens.features.flatten(0, -2))
         if model.spec.moves_positions(grid):
             offsets.append(token_offsets(model.spec, grid, tokens).flatten(0, -2))
-    return Visual(rows=tuple(rows), offsets=tuple(offsets))
+    return Visual(rows=tuple(rows), offsets=tuple(offsets), texts=tuple(texts))
 
 
 def arrays_of(visual: Visual | None) -> tuple[NDArray[np.float32], ...]:
@@ -119,6 +122,10 @@ def inputs_along(
     prompt = question.prompt
     seen = None if visual is None else torch.cat(visual.rows)
     rows = model.embed(torch.from_numpy(prompt.token_ids), seen)
+    if visual is not None and visual.texts:
+        is_text = torch.ones(rows.shape[1], dtype=torch.bool)
+        is_text[torch.from_numpy(prompt.image_rows)] = False
+        rows[0, is_text] = torch.stack(visual.texts).mean(0)
     fed = torch.tensor(answer[:-1], dtype=torch.long)
     rule, num_axes = model.spec.text.get("positions", ""), model.spec.decoder.rope.num_axes
     return Fed(

@@ -68,6 +68,10 @@ class GraphWitness:
         visual = parent.fed or parent.projector
         if visual:
             embeds[question.prompt.image_rows] = np.concatenate(visual)
+        if parent.texts:
+            is_text = np.ones(len(embeds), bool)
+            is_text[question.prompt.image_rows] = False
+            embeds[is_text] = np.mean(parent.texts, axis=0)
         encoded = question.prompt
         positions, next_position = encoded.positions, encoded.next_position
         if parent.offsets:

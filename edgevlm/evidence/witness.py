@@ -17,7 +17,7 @@ from edgevlm.samples import Sample
 from edgevlm_runtime.image import ImageSpec, PreparedImage, load_image, prepare
 from edgevlm_runtime.text import EncodedPrompt, TextSpec, encode_prompt
 
-PARTS = ("vision", "projector", "chained", "fed", "offsets")
+PARTS = ("vision", "projector", "chained", "fed", "offsets", "texts")
 """What a witness has one array of for each call of the vision graph."""
 
 
@@ -43,8 +43,9 @@ class Witness:
     tokens were chosen from. Where the components were fed by a parent, `chained` are the visual
     tokens of its own features, which a graph of both components gives, and `fed` those that its
     decoder read, which a decoder that is to agree with it must read too, and `offsets` where these
-    stand behind the beginning of their pictures, if they moved. Where the logits are along
-    a parent's answer that is not its own, `free` [len(answer), V] are those along its own.
+    stand behind the beginning of their pictures, if they moved; `texts` [Q, W] are the rows of text
+    that it read, if they have seen the pictures. Where the logits are along a parent's answer that
+    is not its own, `free` [len(answer), V] are those along its own.
     """
 
     vision: tuple[NDArray[np.float32], ...]
@@ -54,6 +55,7 @@ class Witness:
     chained: tuple[NDArray[np.float32], ...] = ()
     fed: tuple[NDArray[np.float32], ...] = ()
     offsets: tuple[NDArray[np.float32], ...] = ()
+    texts: tuple[NDArray[np.float32], ...] = ()
     free: NDArray[np.float32] | None = None
 
     def leading(self) -> Witness:
@@ -106,6 +108,7 @@ def load(arrays: Mapping[str, NDArray[np.float32]]) -> list[Witness]:
             chained=parts(i, "chained"),
             fed=parts(i, "fed"),
             offsets=parts(i, "offsets"),
+            texts=parts(i, "texts"),
             answer=tuple(int(token) for token in arrays[f"{i}.answer"]),
             logits=arrays[f"{i}.logits"],
             free=arrays.get(f"{i}.free"),

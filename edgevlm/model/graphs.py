@@ -50,6 +50,7 @@ class VisionGraph(nn.Module):
         self.vision = model.vision
         self.projector = model.projector
         self.reduce = model.reduce
+        self.fusion = model.fusion
         self.spec, self.grid = model.spec, grid
         self.kinds = [
             tensor.source.partition(":")[2]
@@ -63,7 +64,10 @@ class VisionGraph(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, pixels: Tensor, *question: Tensor) -> tuple[Tensor, ...] | Tensor:
-        """Map pixels [N, ...] to image_embeds [N, tokens, W], and positions where these move."""
+        """Map pixels [N, ...] to image_embeds [N, tokens, W].
+
+        With them come positions where these move, or the text [N, Q, W] where it is fused.
+        """
         tables = None
         if self.windows is not None:
             buffers = {name: self.get_buffer(name) for name in ("order", "inverse", "cos", "sin")}
@@ -73,7 +77,11 @@ class VisionGraph(nn.Module):
             weights = dict(zip(self.kinds, question[1:], strict=True))
             asking = Asking(rows=question[0], weights=weights)
         seen = self.vision(pixels, tables, self.grid)
-        tokens = project(self.spec, self.projector, self.reduce, seen, self.grid, asking)
+        tokens = project(
+            self.spec, self.projector, self.reduce, seen, self.grid, asking, self.fusion
+        )
+        if tokens.text is not None:
+            return tokens.features, tokens.text
         if not self.spec.moves_positions(self.grid):
             return tokens.features
         return tokens.features, token_offsets(self.spec, self.grid, tokens)

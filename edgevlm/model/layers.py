@@ -88,14 +88,17 @@ class Layer(nn.Module):
         x: Tensor,
         keys: KeySource,
         between: Callable[[Tensor], Tensor] | None = None,
+        given: Callable[[Tensor], Tensor] | None = None,
         weights: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
-        """Map [B, T, W] to [B, T, W]; `between` may make rows fewer after attention.
+        """Map [B, T, W] to [B, T, W].
 
-        `weights` [B, T, 1] are how much rows get of what attention and MLP add, None for all of it.
-        The MLP sees what attention added whole.
+        `given` may change what attention gives before it is added, `between` may make rows fewer
+        behind. `weights` [B, T, 1] are how much rows get of what attention and MLP add, None for
+        all of it; the MLP sees what attention added whole.
         """
-        added = self.attention(self.norm1(x), keys)
+        mixed = self.attention(self.norm1(x), keys)
+        added = mixed if given is None else given(mixed)
         inner = x + added
         if between is not None:
             inner = between(inner)

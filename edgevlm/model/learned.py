@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from edgevlm.document import Complaint, suggest
+from edgevlm.model.fusion import Fusion
 from edgevlm.model.spec import VlmSpec
 from edgevlm.model.stages import Learning
 from edgevlm.model.vlm import Vlm, place
@@ -23,6 +24,9 @@ def learned_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(module, Learning):
             for inner, weight in module.learned.named_parameters():
                 yield f"{name}.learned.{inner}", weight
+        if isinstance(module, Fusion):
+            for inner, weight in module.named_parameters():
+                yield f"{name}.{inner}", weight
 
 
 def check_weights(spec: VlmSpec, path: Path) -> None:

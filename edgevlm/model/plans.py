@@ -13,6 +13,7 @@ import numpy as np
 
 from edgevlm.errors import ModelError
 from edgevlm.model.spec import AttentionSpec, VlmSpec
+from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.plan import MAIN, Segment, Stage, state_segments
 from edgevlm_export.forms import FORMS
 from edgevlm_export.plan import GraphPlan
@@ -34,17 +35,22 @@ def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = N
     """Pixels of pictures (or tiles) of a grid to their rows; without `num_images`, any number.
 
     Where positions rotate there is one picture a call. Where stages look at the question, its rows
-    come too; where visual tokens keep the positions they had, these go out.
+    come too; where visual tokens keep the positions they had, these go out, and where text is fused
+    with the pictures, the text.
     """
     vision, reduction = spec.vision, spec.reduction
     name = "vision" if len(vision.grids) == 1 else "vision_{}x{}".format(*grid)
     stages = () if reduction is None else reduction.of(grid, "encoder", "projector")
-    kinds = sorted({kind for stage in stages for kind in stage.queries})
-    is_fixed = vision.position == "rotary"
+    fusion = None if reduction is None else reduction.fusion
+    kinds = sorted({kind for stage in stages for kind in stage.queries} | _fused(fusion))
+    # What is fused has a fixed number of rows, of one picture.
+    is_fixed = vision.position == "rotary" or fusion is not None
     batch = 1 if is_fixed else num_images or "N"
     inputs = [_float("pixels", (batch, *vision.pixels_shape(grid)), "pixels")]
     if kinds:
         length: int | str = "Q" if num_images is None else QUESTION_ROWS
+        if fusion is not None:
+            length = fusion.rows
         shape = (1, length, spec.decoder.width)
         inputs.append(_float("question_embeds", shape, "question_embeds"))
         for kind in kinds:
@@ -55,7 +61,14 @@ def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = N
     if spec.moves_positions(grid):
         axes = len(spec.decoder.rope.sections) or 1
         outputs.append(_float("image_positions", (batch, tokens, axes)))
+    if fusion is not None:
+        outputs.append(_float("text_embeds", (batch, fusion.rows, spec.decoder.width)))
     return GraphPlan(name=name, inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def _fused(fusion: FusionOptions | None) -> set[str]:
+    """Kinds of weights of text that a fusion is shown."""
+    return set() if fusion is None else {"text"}
 
 
 def inplace_plan(

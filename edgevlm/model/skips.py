@@ -91,4 +91,4 @@ def with_passed(x: Tensor, rows: Tensor, passed: Tensor) -> Tensor:
 def skip_modules(spec: VlmSpec) -> nn.ModuleList:
     """The stages in layers of the decoder that tokens skip."""
     skips = () if spec.reduction is None else spec.reduction.skips
-    return nn.ModuleList(SkipModule(stage, spec.decoder.width) for stage in skips)
+    return nn.ModuleList(SkipModule(stage, spec) for stage in skips)

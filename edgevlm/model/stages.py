@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from edgevlm.model.attention import Watched
+from edgevlm.model.fusion import Fusion
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.apply import apply_stage, chosen_rows
+from edgevlm.reduce.extent import extent_of
 from edgevlm.reduce.lattice import centres
 from edgevlm.reduce.learned import drawn
 from edgevlm.reduce.members import member_places
@@ -31,8 +33,8 @@ NEVER = -1e9
 class Learning(nn.Module):
     """What the pieces of a stage have learned; before training, what that begins with."""
 
-    def __init__(self, stage: Stage, width: int) -> None:
-        """Make every weight for tokens of so many numbers."""
+    def __init__(self, stage: Stage, spec: VlmSpec) -> None:
+        """Make every weight for the sizes of a model."""
         super().__init__()
         device = torch.get_default_device()
         self.learned = nn.ModuleDict()
@@ -42,28 +44,30 @@ class Learning(nn.Module):
                     torch.from_numpy(drawn(f"{piece.name}.{name}", weight)).to(device),
                     requires_grad=False,
                 )
-                for name, weight in piece.weights(width).items()
+                for name, weight in piece.weights(extent_of(spec, stage)).items()
             }
             if weights:
                 self.learned[piece.name] = nn.ParameterDict(weights)
+
+    def weights_of(self, piece: str) -> Mapping[str, Tensor]:
+        """The weights of a piece."""
+        weights = self.learned[piece]
+        assert isinstance(weights, nn.ParameterDict)
+        return dict(weights.items())
 
     def taught(self, view: View[Tensor]) -> View[Tensor]:
         """With the weights of the pieces."""
         if not len(self.learned):
             return view
-        held: dict[str, dict[str, Tensor]] = {}
-        for piece, weights in self.learned.items():
-            assert isinstance(weights, nn.ParameterDict)
-            held[piece] = dict(weights.items())
-        return replace(view, learned=held)
+        return replace(view, learned={piece: self.weights_of(piece) for piece in self.learned})
 
 
 class StageModule(Learning):
     """One stage, for every patch grid of the model."""
 
-    def __init__(self, stages: Mapping[Grid, Stage], width: int) -> None:
-        """Hold the stage as it was sized for each grid, for tokens of so many numbers."""
-        super().__init__(next(iter(stages.values())), width)
+    def __init__(self, stages: Mapping[Grid, Stage], spec: VlmSpec) -> None:
+        """Hold the stage as it was sized for each grid of a model."""
+        super().__init__(next(iter(stages.values())), spec)
         self.stages = dict(stages)
 
     def stage(self, grid: Grid | None = None) -> Stage:
@@ -92,12 +96,8 @@ def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
         for grid, _ in reduction.stages
     }
     count = max(len(stages) for stages in by_grid.values())
-    widths = {"encoder": spec.vision.out_width, "projector": spec.decoder.width}
     return nn.ModuleList(
-        StageModule(
-            {grid: stages[index] for grid, stages in by_grid.items()},
-            widths.get(next(iter(by_grid.values()))[index].at, spec.vision.width),
-        )
+        StageModule({grid: stages[index] for grid, stages in by_grid.items()}, spec)
         for index in range(count)
     )
 
@@ -106,12 +106,13 @@ def stage_modules(spec: VlmSpec, *sites: Site) -> nn.ModuleList:
 class Seen:
     """What a vision encoder makes of pictures, with what later stages may look at.
 
-    `tokens` are the features [N, rows, out_width]; `probes` the queries and keys of the layers that
-    stages look at.
+    `tokens` are the features [N, rows, out_width], `whole` those before stages behind the encoder;
+    `probes` the queries and keys of the layers that stages look at.
     """
 
     tokens: VisSeq[Tensor]
     probes: Mapping[int | str, Probe[Tensor]]
+    whole: VisSeq[Tensor]
 
 
 def probe_of(
@@ -208,8 +209,12 @@ def project(
     seen: Seen,
     grid: Grid,
     question: Asking | None,
+    fusion: Fusion | None = None,
 ) -> VisSeq[Tensor]:
-    """What a vision encoder saw in pictures of a grid, as rows of the decoder [N, tokens, W]."""
+    """What a vision encoder saw in pictures of a grid, as rows of the decoder [N, tokens, W].
+
+    With a `fusion` the rows of text come along, which have seen the pictures.
+    """
     encoded, merge = seen.tokens, spec.projector.merge
     here = encoded.grid or grid
     rows = projector(encoded.features, here)
@@ -232,7 +237,13 @@ def project(
         question=None if question is None else question.rows,
         asked={} if question is None else question.weights,
     )
-    return run_stages(stages, view, grid)
+    found = run_stages(stages, view, grid)
+    if fusion is None:
+        return found
+    assert question is not None, "where text is fused there is text"
+    whole = rows if seen.whole is encoded else projector(seen.whole.features, grid)
+    fused = fusion(whole, found.features, question.rows, question.weights["text"])
+    return replace(found, features=fused.tokens, text=fused.text)
 
 
 def token_offsets(spec: VlmSpec, grid: Grid, tokens: VisSeq[Tensor]) -> Tensor:
@@ -327,9 +338,9 @@ class Left:
 class DeepModule(Learning):
     """A stage within the decoder, which is the same for every grid."""
 
-    def __init__(self, stage: Stage, width: int) -> None:
-        """Hold the stage, for tokens of so many numbers."""
-        super().__init__(stage, width)
+    def __init__(self, stage: Stage, spec: VlmSpec) -> None:
+        """Hold the stage, for a model."""
+        super().__init__(stage, spec)
         self.stage = stage
 
     @property
@@ -384,4 +395,4 @@ def cut_modules(spec: VlmSpec) -> nn.ModuleList:
     """The stages within the decoder."""
     reduction = spec.reduction
     cuts = () if reduction is None else reduction.cuts
-    return nn.ModuleList(CutModule(stage, spec.decoder.width) for stage in cuts)
+    return nn.ModuleList(CutModule(stage, spec) for stage in cuts)

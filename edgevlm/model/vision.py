@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,7 @@ from edgevlm.model.stages import (
     watched_layers,
     watched_probe,
 )
+from edgevlm.reduce.merges.registers import Registers
 from edgevlm.reduce.order import in_order
 from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import Probe, VisSeq
@@ -163,6 +164,7 @@ class Vision(nn.Module):
         self.reduce = nn.ModuleList()
         self.watched = frozenset[int]()
         self.traced = False
+        self.registers: RegisterRows | None = None
 
     def stage(self, spec: VlmSpec) -> None:
         """Take the reduction of a model's spec: its stages, at their sites."""
@@ -172,6 +174,7 @@ class Vision(nn.Module):
         self.reduce = stage_modules(spec, "encoder")
         self.watched = watched_layers(spec)
         self.traced = spec.reduction is not None and spec.reduction.is_traced
+        self.registers = registers_of(self.reduce)
 
     def forward(
         self, pixels: Tensor, tables: GridTables | None = None, grid: Grid | None = None
@@ -196,6 +199,10 @@ class Vision(nn.Module):
             x = x[:, 1:]
         if tables is not None:
             x = x.index_select(1, tables.inverse)
+        registers = None
+        if self.registers is not None:
+            count = self.registers.rows.shape[0]
+            x, registers = x[:, :-count], x[:, -count:]
         if len(self.merges):
             tokens = replace(rows.tokens, features=x)
             if tokens.grid is None:
@@ -205,18 +212,21 @@ class Vision(nn.Module):
             tokens = replace(rows.tokens, features=x)
         else:
             tokens = self._in_raster(x, grid)
-        view = View(tokens=tokens, probes=rows.probes)
-        return Seen(tokens=run_stages(self.reduce, view, grid), probes=rows.probes)
+        view = View(tokens=tokens, probes=rows.probes, registers=registers)
+        left = run_stages(self.reduce, view, grid)
+        return Seen(tokens=left, probes=rows.probes, whole=tokens)
 
     def entered(self, pixels: Tensor, tables: GridTables | None, grid: Grid) -> VisionRows:
         """Rows as they come to the first layer."""
         x: Tensor = self.embed(pixels)
         if tables is not None:
             x = x.index_select(1, tables.order)
+        first, last = int(self.spec.class_token), x.shape[1]
+        if self.registers is not None:
+            x = torch.cat([x, self.registers.rows.expand(x.shape[0], -1, -1)], dim=1)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        first = int(self.spec.class_token)
-        tokens = self._in_raster(x[:, first:], grid)
+        tokens = self._in_raster(x[:, first:last], grid)
         if len(self.drops):
             tokens = run_stages(self.drops, View(tokens=tokens), grid)
             x = torch.cat([x[:, :first], tokens.features], dim=1)
@@ -237,6 +247,9 @@ class Vision(nn.Module):
         if rows.tokens.sizes is not None:
             source = WeightedRows(_with_class(rows.tokens.sizes, first))
         module = self._stage_in(index, grid)
+        if self.registers is not None:
+            assert module is None, "checked when the stages were sized"
+            return rows.after(index, layer(rows.x, source, given=self.registers.given(index)))
         if module is None and index not in self.watched:
             return rows.after(index, layer(rows.x, source))
         watched = Watched(source)
@@ -282,6 +295,34 @@ class Vision(nn.Module):
         if mixer == "window_attention":
             return WindowRows(tables.cos, tables.sin, tables.windows)
         return WindowRows(tables.cos, tables.sin, ((1, tables.order.shape[0]),))
+
+
+class RegisterRows:
+    """Learned rows that pass the layers behind the patches."""
+
+    def __init__(self, module: StageModule, piece: Registers) -> None:
+        """Hold the stage whose weights they are."""
+        self.module, self.piece = module, piece
+
+    @property
+    def rows(self) -> Tensor:
+        """As they come to the first layer [M, W]."""
+        return self.module.weights_of(self.piece.name)["rows"]
+
+    def given(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """What becomes of what the attention of a layer gave all rows."""
+        weights = self.module.weights_of(self.piece.name)
+        return lambda x: self.piece.attended(weights, layer, x)
+
+
+def registers_of(modules: nn.ModuleList) -> RegisterRows | None:
+    """The registers of an encoder, where a stage behind it takes them."""
+    for module in modules:
+        assert isinstance(module, StageModule)
+        merge = module.stage().merge
+        if isinstance(merge, Registers):
+            return RegisterRows(module, merge)
+    return None
 
 
 class _Between:

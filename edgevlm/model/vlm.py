@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from edgevlm.model.attention import Angles, DeltaCache, FullCache
 from edgevlm.model.decoder import Decoder
+from edgevlm.model.fusion import Fusion
 from edgevlm.model.layers import GatedMlp, Layer
 from edgevlm.model.projector import build_projector
 from edgevlm.model.quantized import QuantEmbedding, QuantLinear
@@ -47,6 +48,7 @@ class Vlm(nn.Module):
         self.decoder = Decoder(spec.decoder)
         self.prefill = Decoder(spec.decoder) if spec.has_prefill else None
         self.reduce = nn.ModuleList()
+        self.fusion: Fusion | None = None
         self.stage(spec)
         for site, scheme in spec.schemes.items():
             linear = self.get_submodule(site)
@@ -78,6 +80,8 @@ class Vlm(nn.Module):
         self.spec = spec
         self.vision.stage(spec)
         self.reduce = stage_modules(spec, "projector")
+        options = None if spec.reduction is None else spec.reduction.fusion
+        self.fusion = None if options is None else Fusion(spec, options)
         for decoder in (self.decoder, self.prefill):
             if decoder is not None:
                 decoder.cuts = cut_modules(spec)
@@ -107,7 +111,7 @@ class Vlm(nn.Module):
         self, seen: Seen, grid: tuple[int, int], question: Asking | None = None
     ) -> VisSeq[Tensor]:
         """Features [N, rows, out_width] of pictures to rows of the decoder [N, tokens, W]."""
-        return project(self.spec, self.projector, self.reduce, seen, grid, question)
+        return project(self.spec, self.projector, self.reduce, seen, grid, question, self.fusion)
 
     def embed(self, token_ids: Tensor, image_rows: Tensor | None = None) -> Tensor:
         """Rows [1, T, W] of a prompt [T]: image rows [M, W] stand where the image token is."""

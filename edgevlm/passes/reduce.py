@@ -21,6 +21,7 @@ from edgevlm.document import Complaint, show, suggest
 from edgevlm.errors import PassError
 from edgevlm.passes.base import Change, Context, Foresight, Pass
 from edgevlm.reduce.catalogue import load_method, method_names
+from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import PositionOptions, blocks, image_section
 from edgevlm.reduce.solve import Problem, solve
@@ -77,6 +78,11 @@ class Reduce(Pass):
         description="Where visual tokens stand; absent: as the method says, else they count by "
         "one, or stand where they stood.",
     )
+    fusion: FusionOptions | None = Field(
+        None,
+        description="What text sees of all visual tokens before the decoder; absent: as the method "
+        "says, else nothing.",
+    )
     weights: str | None = Field(
         None,
         min_length=1,
@@ -100,6 +106,12 @@ class Reduce(Pass):
             raise Complaint(
                 "a reduction has either a method or stages",
                 hint=f"write method: {method_names()[0]}, or stages",
+            )
+        if not given and data.get("fusion") is not None:
+            raise Complaint(
+                "text is fused with what stages leave, and there are none",
+                hint="name a method or stages, or remove fusion",
+                key="fusion",
             )
         if not given and data.get("keep") is not None:
             raise Complaint(
@@ -130,12 +142,20 @@ class Reduce(Pass):
             return self.positions
         return load_method(self.method).positions
 
+    @property
+    def asked_fusion(self) -> FusionOptions | None:
+        """That of the recipe, or of the method."""
+        if self.fusion is not None or self.method is None:
+            return self.fusion
+        return load_method(self.method).fusion
+
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Every stage sized, and what becomes of what it asks."""
         from edgevlm.model.learned import check_weights
         from edgevlm.reduce.check import decisions_of, problems_of
+        from edgevlm.reduce.fusion import check_fusion
         from edgevlm.reduce.lacking import needs_dense
-        from edgevlm.reduce.learned import untrained
+        from edgevlm.reduce.learned import check_learned, untrained
         from edgevlm.reduce.resolution import reduced
 
         if spec.reduction is not None:
@@ -158,12 +178,16 @@ class Reduce(Pass):
             dense=needs_dense(context),
             pictures=self.pictures,
             positions=self.asked_positions,
+            fusion=self.asked_fusion,
         )
         try:
             problems_of(problem)
             after = reduced(spec, solve(problem))
             after = replace(after, decoder=_decoder_of(after))
             after = replace(after, image=image_section(after))
+            check_learned(after)
+            if self.asked_fusion is not None:
+                check_fusion(after)
             if self.weights is not None:
                 check_weights(after, context.folder / self.weights)
         except Complaint as complaint:
@@ -173,7 +197,7 @@ class Reduce(Pass):
             effect=effect_of(spec, after),
             decisions=(
                 *decisions_of(problem, after, context),
-                *untrained(problem.stages, self.weights),
+                *untrained(problem.stages, problem.fusion, self.weights),
             ),
         )
 

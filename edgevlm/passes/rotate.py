@@ -133,16 +133,18 @@ def _layers(spec: VlmSpec, part: str) -> Iterator[tuple[str, LayerSpec]]:
 def _check_stages(spec: VlmSpec) -> None:
     """What stages have learned is about the rows as they are."""
     reduction = spec.reduction
-    for _, stages in () if reduction is None else reduction.stages:
-        for stage in stages:
-            names = [piece.name for piece in stage.pieces if piece.weights(8)]
-            if names and stage.at in ("projector", "decoder"):
-                raise PassError(
-                    f"{names[0]!r} of stage {stage.number} has learned to read rows that are not "
-                    "rotated",
-                    name=Rotate.name,
-                    hint="leave decoder out of components",
-                )
+    if reduction is None:
+        return
+    names = ["the fusion"] if reduction.fusion is not None else []
+    for stage in reduction.stages[0][1]:
+        if stage.at in ("projector", "decoder"):
+            names += [f"{x.name!r} of stage {stage.number}" for x in stage.pieces if x.is_learned]
+    if names:
+        raise PassError(
+            f"{names[0]} has learned to read rows that are not rotated",
+            name=Rotate.name,
+            hint="leave decoder out of components",
+        )
 
 
 def _check_kind(site: str, kind: str) -> None:

@@ -28,12 +28,14 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     if stage.transform is not None:
         return _transformed(stage, tokens)
     if stage.merge is not None:
-        if stage.count_out == stage.count_in:
+        if stage.count_out == stage.count_in and not stage.merge.is_learned:
             return tokens
         merged = _traced(stage, view, stage.merge.torch(view, stage.count_out))
         # Between the encoder's layers order says nothing; the encoder puts it right behind them.
         if stage.at == "encoder.layers":
             return merged
+        if stage.merge.is_ordered:
+            return replace(merged, grid=stage.grid_out)
         return replace(in_order(merged, dense=view.dense), grid=stage.grid_out)
     scores, kept = chosen_rows(stage, view)
     if stage.rest is not None and stage.extra:
@@ -104,7 +106,7 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
     if stage.transform is not None:
         return _numpy_transformed(stage, tokens)
     if stage.merge is not None:
-        if stage.count_out == stage.count_in:
+        if stage.count_out == stage.count_in and not stage.merge.is_learned:
             return tokens
         merged = _numpy_traced(stage, view, stage.merge.numpy(view, stage.count_out))
         if stage.at == "encoder.layers":

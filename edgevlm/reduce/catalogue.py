@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from edgevlm.document import Options, read
+from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import PositionOptions
 
@@ -24,6 +25,7 @@ class Method(Options):
     notes: tuple[str, ...] = Field((), description="Where this form differs from the published.")
     stages: tuple[StageOptions, ...] = Field(min_length=1)
     positions: PositionOptions | None = Field(None, description="Where visual tokens stand.")
+    fusion: FusionOptions | None = Field(None, description="What text sees before the decoder.")
 
 
 def method_names() -> tuple[str, ...]:

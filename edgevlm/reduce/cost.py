@@ -15,10 +15,11 @@ head, which sees one row of a prompt, are left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgevlm.model.spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, VlmSpec
-from edgevlm.reduce.extent import Extent, Layer
+from edgevlm.reduce.extent import Extent, Layer, extent_of
+from edgevlm.reduce.merges.registers import Registers
 from edgevlm.reduce.plan import Grid, Stage
 
 __all__ = [
@@ -166,13 +167,39 @@ def vision_macs(spec: VlmSpec, grid: Grid) -> int:
         pairs = _window_pairs(grid, vision.window) if windowed else attending**2
         total += attention_macs(layer.attention, vision.width, attending, pairs)
         total += mlp_macs(layer.mlp, vision.width, left)
+    for stage, piece in _registers(spec, grid):
+        total += len(vision.layers) * piece.layer_macs(extent_of(spec, stage))
     return total
+
+
+def _fused_macs(spec: VlmSpec, grid: Grid) -> int:
+    """Multiply-adds of the layers that see a picture and text before the decoder.
+
+    With them those of counting the rows of text.
+    """
+    assert spec.reduction is not None
+    fusion, decoder = spec.reduction.fusion, spec.decoder
+    if fusion is None:
+        return 0
+    whole = _whole_features(spec, grid) // spec.projector.merge**2
+    rows = whole + spec.image_tokens(grid) + fusion.rows
+    layers = fusion.layers * layer_macs(decoder.layers[0], decoder.width, rows, rows)
+    places = len(decoder.rope.inv_freq) * fusion.rows * rows if spec.reduction.dense else 0
+    return layers + fusion.rows**2 + 2 * places
+
+
+def _registers(spec: VlmSpec, grid: Grid) -> list[tuple[Stage, Registers]]:
+    """The stage that takes registers, and they themselves."""
+    stages = _stages(spec, grid, "encoder")
+    return [(stage, stage.merge) for stage in stages if isinstance(stage.merge, Registers)]
 
 
 def encoder_rows(spec: VlmSpec, grid: Grid) -> list[tuple[int, int]]:
     """Rows of the attention and of the MLP of every layer of the encoder."""
     stages = {stage.layer: stage for stage in _stages(spec, grid, "encoder.layers")}
     before, extra = _stages(spec, grid, "input"), int(spec.vision.class_token)
+    # Registers pass beside the patches.
+    extra += sum(stage.count_out for stage, _ in _registers(spec, grid))
     here = before[-1].count_out if before else grid[0] * grid[1]
     found = []
     for index in range(len(spec.vision.layers)):
@@ -186,9 +213,24 @@ def encoder_rows(spec: VlmSpec, grid: Grid) -> list[tuple[int, int]]:
 
 def projector_macs(spec: VlmSpec, grid: Grid) -> int:
     """Multiply-adds of the projector for one picture of a grid."""
+    before = _stages(spec, grid, "encoder")
+    whole = _whole_features(spec, grid)
+    total = _projected(spec, before[-1].count_out if before else whole)
+    if before and spec.reduction is not None and spec.reduction.fusion is not None:
+        # What stages took away is seen all the same.
+        total += _projected(spec, whole)
+    return total
+
+
+def _whole_features(spec: VlmSpec, grid: Grid) -> int:
+    """Rows that the layers of the encoder leave."""
+    before = _stages(spec, grid, "input", "encoder.layers")
+    return before[-1].count_out if before else spec.patch_tokens(grid)
+
+
+def _projected(spec: VlmSpec, features: int) -> int:
+    """Multiply-adds of projecting so many features."""
     projector = spec.projector
-    before = _stages(spec, grid, "input", "encoder.layers", "encoder")
-    features = before[-1].count_out if before else spec.patch_tokens(grid)
     rows, width = features // projector.merge**2, projector.in_width * projector.merge**2
     if not projector.hidden_width:
         return rows * width * projector.out_width
@@ -220,6 +262,7 @@ def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
         elif stage.skip is not None or not (passes_all or stage.count_out == 0):
             # A cut that takes all or nothing has nothing to choose.
             total += macs + _projected_macs(stage, extent)
+    total += prompt.groups * _fused_macs(spec, prompt.grid)
     return total + _rater_macs(spec, prompt, rows)
 
 
@@ -239,24 +282,14 @@ def _window_pairs(grid: Grid, side: int) -> int:
 
 
 def _extent(spec: VlmSpec, stage: Stage, prompt: Prompt, rows: Sequence[int]) -> Extent:
-    """What a stage sees."""
-    vision, decoder = spec.vision, spec.decoder
-    assert spec.reduction is not None
-    widths = {"input": vision.width, "encoder.layers": vision.width, "encoder": vision.out_width}
-    return Extent(
-        tokens=stage.count_in,
-        kept=stage.count_out,
-        width=widths.get(stage.at, decoder.width),
-        extra=stage.extra,
-        groups=prompt.groups if stage.at == "decoder" else 1,
+    """What a stage sees of a prompt."""
+    is_deep = stage.at == "decoder"
+    return replace(
+        extent_of(spec, stage),
+        groups=prompt.groups if is_deep else 1,
         layers=_layers(spec, stage, prompt.grid, rows),
-        class_row=vision.class_token,
         question=prompt.text_rows,
-        call=_seen_rows(stage, rows) if stage.at == "decoder" else 0,
-        encoded=vision.out_width,
-        grid_in=stage.grid_in,
-        grid_out=stage.grid_out,
-        dense=spec.reduction.dense,
+        call=_seen_rows(stage, rows) if is_deep else 0,
     )
 
 
@@ -293,7 +326,7 @@ def _moved_macs(stage: Stage, extent: Extent) -> int:
     """Multiply-adds of taking the chosen tokens, or of putting merged ones in order."""
     if stage.select is not None and not extent.extra:
         return extent.taken_macs(extent.kept, extent.tokens, extent.width)
-    if stage.merge is not None and stage.at != "encoder.layers":
+    if stage.merge is not None and stage.at != "encoder.layers" and not stage.merge.is_ordered:
         return extent.taken_macs(extent.kept, extent.kept, extent.width)
     return 0
 

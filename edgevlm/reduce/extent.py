@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgevlm.model.spec import AttentionSpec
-    from edgevlm.reduce.plan import Grid
+    from edgevlm.model.spec import AttentionSpec, VlmSpec
+    from edgevlm.reduce.plan import Grid, Stage
 
-__all__ = ["Extent", "Layer"]
+__all__ = ["Extent", "Layer", "extent_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +37,9 @@ class Extent:
     Of `tokens` a group `kept` leave, `extra` of them made of the rest; a token has `width` numbers.
     `layers` are those it looks at, keyed as in a `View`; `class_row` says that they have a class
     token. `question` are the text rows of the prompt, `call` all rows that a stage within the
-    decoder sees, none before it; `encoded` is the width of the encoder's
-    features, and `grid_in` and `grid_out` the grids of a transform. `dense` asks for forms without
-    TopK and Gather, whose look-ups are products.
+    decoder sees, none before it. `encoded` is the width of the encoder's features, `encoder_width`
+    that of the rows of its `depth` layers. `grid_in` and `grid_out` are the grids of a transform.
+    `dense` asks for forms without TopK and Gather, whose look-ups are products.
     """
 
     tokens: int
@@ -51,6 +51,8 @@ class Extent:
     class_row: bool = False
     question: int = 0
     call: int = 0
+    depth: int = 0
+    encoder_width: int = 0
     encoded: int = 0
     grid_in: Grid | None = None
     grid_out: Grid | None = None
@@ -74,3 +76,22 @@ class Extent:
         if not self.dense:
             return 0
         return rows * rows + sum(rows * rows + count * rows for count in counts)
+
+
+def extent_of(spec: VlmSpec, stage: Stage) -> Extent:
+    """What a stage of a model sees, of whatever prompt."""
+    vision, reduction = spec.vision, spec.reduction
+    widths = {"input": vision.width, "encoder.layers": vision.width, "encoder": vision.out_width}
+    return Extent(
+        tokens=stage.count_in,
+        kept=stage.count_out,
+        width=widths.get(stage.at, spec.decoder.width),
+        extra=stage.extra,
+        class_row=vision.class_token,
+        encoded=vision.out_width,
+        depth=len(vision.layers),
+        encoder_width=vision.width,
+        grid_in=stage.grid_in,
+        grid_out=stage.grid_out,
+        dense=reduction is not None and reduction.dense,
+    )

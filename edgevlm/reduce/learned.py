@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edgevlm.decisions import Decision
+from edgevlm.document import Complaint
+from edgevlm.reduce.extent import extent_of
 from edgevlm.reduce.view import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgevlm.model.spec import VlmSpec
+    from edgevlm.reduce.fusion import FusionOptions
     from edgevlm.reduce.options import StageOptions
 
 __all__ = ["Weight", "drawn", "learned", "numpy_learned"]
@@ -54,10 +58,54 @@ def drawn(name: str, weight: Weight) -> np.ndarray:
     return (values * deviation).astype(np.float32)
 
 
-def untrained(stages: Sequence[StageOptions], file: str | None) -> Iterator[Decision]:
+def check_heads(width: int, heads: int, what: str = "heads") -> None:
+    """Raise Complaint where heads do not share rows evenly."""
+    if width % heads:
+        raise Complaint(
+            f"{heads} {what} do not share rows of {width} numbers evenly",
+            hint=f"choose a number of {what} that divides {width}",
+        )
+
+
+def check_learned(spec: VlmSpec) -> None:
+    """Raise Complaint where what a stage learns does not fit a model."""
+    assert spec.reduction is not None
+    for grid, stages in spec.reduction.stages:
+        for stage in stages:
+            for piece in stage.pieces:
+                try:
+                    shapes = piece.weights(extent_of(spec, stage))
+                except Complaint as complaint:
+                    message = f"stage {stage.number}: {complaint.message}"
+                    raise Complaint(message, hint=complaint.hint) from None
+                if shapes and grid != spec.vision.grids[0]:
+                    raise Complaint(
+                        f"stage {stage.number}: {piece.name!r} is learned for one grid, and "
+                        f"pictures come in {len(spec.vision.grids)}",
+                        hint="name one grid in image.grids",
+                    )
+
+
+def untrained(
+    stages: Sequence[StageOptions], fusion: FusionOptions | None, file: str | None
+) -> Iterator[Decision]:
     """What becomes of learned pieces for which no weights are given."""
+    if fusion is not None:
+        yield Decision(
+            asked=f"fusion of text and pictures in {fusion.layers} layers",
+            outcome="degraded",
+            reason="text comes in a fixed number of rows",
+            effect=f"the last {fusion.rows} rows of a prompt's text are fused, others stay",
+        )
+    if fusion is not None and file is None:
+        yield Decision(
+            asked="what the fusion learned",
+            outcome="degraded",
+            reason="no weights are given",
+            effect="it is as training begins with it; write weights: FILE.safetensors",
+        )
     for number, stage in enumerate(stages, 1):
-        names = [piece.name for piece in stage.pieces if piece.weights(8)]
+        names = [piece.name for piece in stage.pieces if piece.is_learned]
         if names and file is None:
             yield Decision(
                 asked=f"stage {number}, what {' and '.join(names)} learned",

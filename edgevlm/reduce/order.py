@@ -67,3 +67,8 @@ def numpy_in_order(tokens: VisSeq[np.ndarray]) -> VisSeq[np.ndarray]:
 def even_steps(start: int, end: int, count: int) -> list[int]:
     """How many tokens are left after each of `count` steps that take as many, `end` at last."""
     return [start - (start - end) * step // count for step in range(1, count + 1)]
+
+
+def even_places(num_tokens: int, count: int) -> list[int]:
+    """The tokens in the middles of as many equal runs of them, ascending."""
+    return [(2 * run + 1) * num_tokens // (2 * count) for run in range(count)]

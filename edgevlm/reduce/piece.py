@@ -54,7 +54,8 @@ class Piece(Options):
 
     `sites` are those it can stand at. `needs` are what it looks at besides the tokens: `class`
     (a class token), `attention` (queries and keys of a layer), `question` (text rows), `encoded`
-    (the encoder's features of the tokens), `grid` (tokens in raster order on a whole grid). `ops`
+    (the encoder's features of the tokens), `grid` (tokens in raster order on a whole grid),
+    `registers` (learned rows beside the patches). `ops`
     are those of TopK, Gather and ArgMax that it has no form without, so that a processor that lacks
     one cannot run it; a loop (class S2) has none without any of them.
     """
@@ -64,6 +65,7 @@ class Piece(Options):
     sites: ClassVar[tuple[Site, ...]] = SITES
     ops: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str] = ""
+    is_learned: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -104,8 +106,8 @@ class Piece(Options):
         """Multiply-adds of its products; what is no product is not counted."""
         return 0
 
-    def weights(self, width: int) -> Mapping[str, Weight]:
-        """What it has learned, by name, for tokens of so many numbers."""
+    def weights(self, extent: Extent) -> Mapping[str, Weight]:
+        """What it has learned, by name, where it `is_learned`."""
         return {}
 
 
@@ -165,7 +167,16 @@ class Rest(Piece):
 
 
 class Merge(Piece):
-    """Tokens that are alike become one, a fixed number of times."""
+    """Fewer tokens are made of all: those that are alike become one, or learned rows look at them.
+
+    `is_ordered` says that they leave in the order of their places.
+    """
+
+    is_ordered: ClassVar[bool] = False
+
+    def fit(self, num_tokens: int, count: int) -> int:
+        """How many of so many tokens can leave, where a budget has room for `count`."""
+        return count
 
     def check(self, num_tokens: int, count: int) -> None:
         """Raise Complaint where so many tokens cannot become so few."""

@@ -12,7 +12,7 @@ from edgevlm.reduce.choices import (
     top,
     uniform,
 )
-from edgevlm.reduce.merges import bipartite, clusters, fuse
+from edgevlm.reduce.merges import bipartite, clusters, fuse, registers, resample
 from edgevlm.reduce.piece import (
     Choice,
     Merge,
@@ -42,7 +42,7 @@ BUILT_IN = (
     *(attention_delta, contrast, encoder_attention, predictor, random, router, text_attention),
     *(cover, dpp, facility, pivots, relevant_diverse, spread, top, uniform),
     *(anchors, neighbours, recycle),
-    *(bipartite, clusters, fuse),
+    *(bipartite, clusters, fuse, registers, resample),
     *(fourier, pool, resize, windows),
     *(gated, reweighted),
     *(cosine, every),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.piece import Choice, Merge, Rest, Scorer, Site, Skip, Transform
 from edgevlm.reduce.positions import PositionOptions
 
@@ -113,6 +114,7 @@ class Reduction:
     merge: int = 1
     pictures: int = 2
     positions: PositionOptions | None = None
+    fusion: FusionOptions | None = None
 
     def of(self, grid: Grid, *sites: Site) -> tuple[Stage, ...]:
         """The stages at some sites, for a patch grid."""
@@ -131,7 +133,8 @@ class Reduction:
     def asks(self) -> frozenset[str]:
         """Kinds of text rows that stages want weights of."""
         found = (stage.queries for _, stages in self.stages for stage in stages)
-        return frozenset[str]().union(*found)
+        fused = frozenset[str]() if self.fusion is None else frozenset({"text"})
+        return fused.union(*found)
 
     @property
     def cuts(self) -> tuple[Stage, ...]:

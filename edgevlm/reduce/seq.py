@@ -21,7 +21,8 @@ class VisSeq(Generic[ArrayT]):
 
     `provenance` [B, N0] int64 says of every token before any stage which of these it went to, -1
     for none; it is there where somebody asks (`edgevlm.reduce.members`). Of what a piece gives it
-    is the way of the tokens that came to it, [B, N].
+    is the way of the tokens that came to it, [B, N]. `text` [B, Q, W] are the rows of text that
+    have seen each picture, where they are fused before the decoder.
     """
 
     features: ArrayT
@@ -30,6 +31,7 @@ class VisSeq(Generic[ArrayT]):
     grid: tuple[int, int] | None = None
     valid: ArrayT | None = None
     provenance: ArrayT | None = None
+    text: ArrayT | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from edgevlm.document import Complaint
 from edgevlm.model.spec import VlmSpec
+from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.order import even_steps
 from edgevlm.reduce.piece import SITES
@@ -41,6 +42,7 @@ class Problem:
     dense: bool = False
     pictures: int = 2
     positions: PositionOptions | None = None
+    fusion: FusionOptions | None = None
 
 
 def solve(problem: Problem) -> Reduction:
@@ -53,6 +55,7 @@ def solve(problem: Problem) -> Reduction:
         merge=problem.spec.projector.merge,
         pictures=problem.pictures,
         positions=problem.positions,
+        fusion=problem.fusion,
     )
 
 
@@ -298,6 +301,8 @@ def _stage(problem: Problem, number: int, count: int, keep: int, grid: Grid | No
     if check is not None and grid is not None:
         check(grid, keep)
     if options.merge is not None:
+        if isinstance(options.keep, str):
+            keep = options.merge.fit(count, keep)
         options.merge.check(count, keep)
     extra = 0 if options.rest is None or keep == count else options.rest.extra(keep, count)
     return [

@@ -47,7 +47,8 @@ class View(Generic[ArrayT]):
     tokens are rows of the projector; `squares` [N, m] are the features that each was made of.
     `question` [1, Q, W] and `asked` [1, Q] by kind are the text rows and their weights. `normed`
     [1, T, W] are the rows of a decoder call behind the decoder's last norm, where a piece looks at
-    them. `learned` are the weights of pieces that have some, by the names of both. `dense` asks for
+    them. `registers` [B, M, Dv] are what learned rows beside the patches became in the encoder.
+    `learned` are the weights of pieces that have some, by the names of both. `dense` asks for
     forms without TopK and Gather.
     """
 
@@ -59,6 +60,7 @@ class View(Generic[ArrayT]):
     asked: Mapping[str, ArrayT] = field(default_factory=dict)
     call: Call[ArrayT] | None = None
     normed: ArrayT | None = None
+    registers: ArrayT | None = None
     learned: Mapping[str, Mapping[str, ArrayT]] = field(default_factory=dict)
     dense: bool = False
 

@@ -23,6 +23,7 @@ from edgevlm_runtime.manifest import GraphSpec, TensorSpec
 
 IMAGE_EMBEDS = "image_embeds"
 IMAGE_POSITIONS = "image_positions"
+TEXT_EMBEDS = "text_embeds"
 _DECODING = {"embeds", "state", "tokens"}
 
 

@@ -14,7 +14,7 @@ from edgevlm_runtime.completion import Completion, FinishReason, StreamEvent, Ti
 from edgevlm_runtime.decode.decoder import StepDecoder, open_decoder
 from edgevlm_runtime.decode.protocol import Cancelled, Prompt
 from edgevlm_runtime.emission import Emission
-from edgevlm_runtime.encoder import IMAGE_EMBEDS, IMAGE_POSITIONS, Encoder
+from edgevlm_runtime.encoder import IMAGE_EMBEDS, IMAGE_POSITIONS, TEXT_EMBEDS, Encoder
 from edgevlm_runtime.engine import Array, Engines
 from edgevlm_runtime.engines.table import EmbeddingTable, open_table
 from edgevlm_runtime.errors import BundleError, InputError, ResourceError
@@ -265,6 +265,8 @@ class Session:
         positions, next_position = encoded.positions, encoded.next_position
         if pictures:
             _place(embeds, encoded.image_rows, values)
+        if pictures and TEXT_EMBEDS in values:
+            place_text(embeds, is_text, values.pop(TEXT_EMBEDS), calls(pictures))
         seen = values.pop(IMAGE_POSITIONS, None)
         if pictures and seen is not None:
             counts = [count for picture in pictures for count in picture.layout.tokens]
@@ -297,6 +299,21 @@ def _place(embeds: Array, rows: Array, values: Mapping[str, Array]) -> None:
             hint="compile the bundle again",
         )
     embeds[rows] = seen
+
+
+def calls(pictures: Sequence[PreparedImage]) -> int:
+    """How often the vision graph is called for some pictures."""
+    return sum(len(picture.feeds) for picture in pictures)
+
+
+def place_text(embeds: Array, is_text: Array, fused: Array, num_calls: int) -> None:
+    """Put rows of text in their places that have seen the pictures, one after the other.
+
+    `fused` [1, calls * Q, W] are the last Q rows of text; behind several calls they are the mean.
+    """
+    seen = fused.reshape(num_calls, -1, embeds.shape[1]).mean(0)
+    rows = np.flatnonzero(is_text)[-len(seen) :]
+    embeds[rows] = seen[len(seen) - len(rows) :]
 
 
 def _open_embedding(bundle: Bundle) -> EmbeddingTable:

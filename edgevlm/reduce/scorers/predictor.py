@@ -49,6 +49,7 @@ class Predictor(Scorer):
     name: ClassVar[str] = "predictor"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("encoder", "projector", "decoder")
+    is_learned: ClassVar[bool] = True
 
     width: int = Field(512, ge=8, multiple_of=8, description="Width of its rows.")
     heads: int = Field(8, ge=1)
@@ -77,9 +78,9 @@ class Predictor(Scorer):
         """Weights of rows of text, where it looks at them."""
         return frozenset() if self.query == "none" else frozenset({self.query})
 
-    def weights(self, width: int) -> Mapping[str, Weight]:
-        """Of the network for tokens of `width` numbers; rows of text are as wide."""
-        ours = self.width
+    def weights(self, extent: Extent) -> Mapping[str, Weight]:
+        """Of the network for tokens of some width; rows of text are as wide."""
+        ours, width = self.width, extent.width
         found = {**norm_weights("norm", width), **linear_weights("embed", width, ours)}
         for block in range(self.blocks):
             found |= norm_weights(f"b{block}_norm1", ours)

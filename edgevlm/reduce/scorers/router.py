@@ -32,13 +32,14 @@ class Router(Scorer):
     name: ClassVar[str] = "router"
     static_class: ClassVar[StaticClass] = "S1"
     sites: ClassVar[tuple[Site, ...]] = ("decoder",)
+    is_learned: ClassVar[bool] = True
 
     bias: bool = Field(True, description="Whether a learned number is added.")
     start: Literal["zeros", "normal"] = Field("zeros", description="What training begins with.")
 
-    def weights(self, width: int) -> Mapping[str, Weight]:
-        """A row of `width` numbers, and one."""
-        found = {"row": Weight(shape=(width, 1), start=self.start)}
+    def weights(self, extent: Extent) -> Mapping[str, Weight]:
+        """A row as wide as tokens, and one number."""
+        found = {"row": Weight(shape=(extent.width, 1), start=self.start)}
         if self.bias:
             found["bias"] = Weight(shape=(1,), start="zeros")
         return found

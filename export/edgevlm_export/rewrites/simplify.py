@@ -25,6 +25,7 @@ _SKIPPED = (
     "fuse_consecutive_slices",
     "fuse_consecutive_squeeze_unsqueeze",
     "fuse_matmul_add_bias_into_gemm",
+    "fuse_matmul_add_bias_into_gemm_batched",
     "fuse_qkv",
     # Two nodes that only change shapes would become a Reshape without a name.
     "fuse_reshape_family",

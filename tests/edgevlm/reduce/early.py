@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from edgevlm.reduce.apply import apply_stage, numpy_apply_stage
+from edgevlm.reduce.extent import Extent
+from edgevlm.reduce.learned import drawn
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import Probe, VisSeq
@@ -46,15 +48,15 @@ def views(
     kind: str = "class token", batch: int = 1, *, seed: int = 0, dtype: type = np.float32
 ) -> Both:
     """A view with everything that a piece at the encoder or the projector may look at."""
-    drawn = np.random.default_rng(seed)
+    numbers = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
-        return drawn.standard_normal(shape).astype(dtype)
+        return numbers.standard_normal(shape).astype(dtype)
 
     side = 2 if kind == "squares" else 1
     num_patches = NUM_TOKENS * side**2
     first = int(kind == "class token")
-    order = drawn.permutation(num_patches) if kind == "windows" else None
+    order = numbers.permutation(num_patches) if kind == "windows" else None
     probes: dict[int | str, Probe[np.ndarray]] = {
         layer: Probe(
             q=normal(batch, first + num_patches, 4 * 6),
@@ -68,7 +70,7 @@ def views(
         )
         for layer, kv_heads in (("own", 2), (-1, 4), (-2, 2))
     }
-    words = drawn.uniform(size=(1, 5))
+    words = numbers.uniform(size=(1, 5))
     weights = {"text": words, "question": words * [[0, 1, 1, 1, 0]], "words": words[:, ::-1] ** 2}
     in_numpy = View(
         tokens=VisSeq(
@@ -134,14 +136,44 @@ def stage(count_out: int, *, at: str = "encoder", **written: Any) -> Stage:
     )
 
 
+def taught(made: Stage, both: Both) -> Both:
+    """With weights of learned pieces: what training begins with, and some noise."""
+    extent = Extent(
+        tokens=NUM_TOKENS,
+        kept=made.count_out,
+        width=WIDTH,
+        depth=2,
+        encoder_width=WIDTH,
+    )
+    noise = np.random.default_rng(1)
+    weights = {
+        piece.name: {
+            name: drawn(name, weight) + 0.1 * noise.standard_normal(weight.shape).astype(np.float32)
+            for name, weight in piece.weights(extent).items()
+        }
+        for piece in made.pieces
+    }
+    shape = both.numpy.tokens.features.shape[0], made.count_out, WIDTH
+    registers = noise.standard_normal(shape).astype(np.float32)
+    tensors = {
+        piece: {name: torch.from_numpy(x) for name, x in named.items()}
+        for piece, named in weights.items()
+    }
+    return Both(
+        torch=replace(both.torch, learned=tensors, registers=torch.from_numpy(registers)),
+        numpy=replace(both.numpy, learned=weights, registers=registers),
+    )
+
+
 def in_both(made: Stage, both: Both) -> tuple[VisSeq[Tensor], VisSeq[np.ndarray]]:
     """What a stage makes of a view in torch, and what its twin makes."""
+    both = taught(made, both)
     return apply_stage(made, both.torch), numpy_apply_stage(made, both.numpy)
 
 
 def left_by(made: Stage, both: Both) -> VisSeq[np.ndarray]:
     """What a stage makes of a view in torch, as numpy arrays."""
-    found = apply_stage(made, both.torch)
+    found = apply_stage(made, taught(made, both).torch)
     sizes = found.sizes
     return VisSeq(
         features=found.features.numpy(),

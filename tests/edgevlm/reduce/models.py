@@ -12,6 +12,7 @@ from edgevlm.model.vlm import Vlm
 from edgevlm.reduce.catalogue import load_method
 from edgevlm.reduce.check import problems_of
 from edgevlm.reduce.options import StageOptions
+from edgevlm.reduce.resolution import reduced as resized
 from edgevlm.reduce.solve import Problem, solve
 from tests.edgevlm.tiny import drawn, tiny_spec
 
@@ -41,15 +42,16 @@ def reduced(
     method: str | None = None,
     keep: float | int | None = None,
 ) -> VlmSpec:
-    """The spec with a method at a budget, or with stages that say what they keep."""
+    """The spec with a method at a budget, or with stages, as the pass makes it."""
     asked: Sequence[StageOptions]
     if method is None:
         asked = [StageOptions.model_validate(stage) for stage in stages]
     else:
         asked = load_method(method).stages
-    problem = Problem(spec=spec, stages=asked, budget=keep, method=method)
+    asks = any(isinstance(stage.keep, str) for stage in asked)
+    problem = Problem(spec=spec, stages=asked, budget=keep if asks else None, method=method)
     problems_of(problem)
-    return replace(spec, reduction=solve(problem))
+    return resized(spec, solve(problem))
 
 
 @cache

@@ -102,6 +102,10 @@ DECODERS = {
         "{at: decoder, layer: 3, keep: 6, score: {text_attention: {query: raters}}, select: top, "
         "rest: {recycle: {per_cluster: 2}}, place: repack}",
     ],
+    "predicted": [
+        "{at: decoder, layer: 2, keep: 6, score: {predictor: {width: 16, heads: 2, query: text}}, "
+        "select: top}"
+    ],
     "pivots, then a difference of layers": [
         "{at: decoder, layer: 1, keep: 10, select: {pivots: {visual: 2, text: 3}}}",
         "{at: decoder, layer: 3, keep: 4, score: attention_delta, select: top}",
@@ -228,6 +232,14 @@ ENCODERS = {
         "{at: projector, keep: 7, select: spread}",
         "{at: projector, keep: 5, select: facility}",
     ],
+    "queries that look at tokens": ["{at: encoder, keep: 4, merge: resample}"],
+    "registers, predicted by the question": [
+        "{at: encoder, keep: 9, merge: {registers: {heads: 4}}}",
+        "{at: projector, keep: 4, score: {predictor: {width: 16, query: question}}, select: top}",
+    ],
+    "text that sees the picture": [
+        "{at: encoder, keep: 4, merge: {resample: {heads: 4}}}], fusion: {layers: 2}"
+    ],
     "means, then cover": [
         "{at: encoder, keep: 9, transform: elastic}",
         "{at: projector, keep: 4, select: cover}",
@@ -237,7 +249,9 @@ ENCODERS = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_picture(name: str, tmp_path: Path) -> None:
-    passes = f"passes: [{{reduce: {{stages: [{', '.join(ENCODERS[name])}]}}}}]\n"
+    stages = ", ".join(ENCODERS[name])
+    closing = "" if "fusion" in stages else "]"
+    passes = f"passes: [{{reduce: {{stages: [{stages}{closing}}}}}]\n"
     # A static vision graph is shown 64 rows of the question, where it is shown any.
     plan = planned(passes, deep_spec(), text_rows=64)
     found = products(written(plan, plan.variants[0].graphs[0], tmp_path))

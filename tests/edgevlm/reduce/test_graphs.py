@@ -53,6 +53,14 @@ STAGES: dict[tuple[str, str], tuple[VlmSpec, list[dict[str, Any]]]] = {
         llava_spec(),
         [{"at": "encoder.layers", "keep": 8, "layers": (0,), "merge": "fuse"}],
     ),
+    ("static", "queries that look at tokens"): (
+        llava_spec(),
+        [{"at": "encoder", "keep": 4, "merge": "resample"}],
+    ),
+    ("ort", "queries behind the projector"): (
+        llava_spec(),
+        [{"at": "projector", "keep": 1, "merge": "resample"}],
+    ),
     ("static", "windows in two layers"): (
         llava_spec(),
         [{"at": "encoder.layers", "keep": 1, "layers": (0, 1), "transform": "windows"}],

@@ -180,7 +180,7 @@ def test_left_out_patches_never_enter_the_encoder(stage: dict[str, Any]) -> None
     assert (places == places[:1]).all()
     kept = [0, *(1 + place for place in places[0].tolist())]
     assert torch.equal(rows.x, whole[:, kept])
-    seen = vision.see(PIXELS, None).tokens
+    seen = vision(PIXELS).tokens
     assert torch.equal(seen.places, places)
     x = whole[:, kept]
     for layer in vision.layers[:1]:
@@ -198,7 +198,7 @@ def test_what_is_left_may_be_chosen_from() -> None:
         {"at": "encoder", "keep": 4, "score": "encoder_attention", "select": "top"},
     ]
     reduced(model, stages=stages)
-    seen = model.vision.see(PIXELS, None).tokens
+    seen = model.vision(PIXELS).tokens
     entered = model.vision.entered(PIXELS, None, (4, 4)).tokens.places[0].tolist()
     assert all(set(places) < set(entered) for places in seen.places.tolist())
     assert model.encode(PIXELS).shape == (2, 4, 64)

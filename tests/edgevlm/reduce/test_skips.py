@@ -21,6 +21,7 @@ from edgevlm.model.learned import check_weights, learned_weights, teach
 from edgevlm.model.skips import Passing, SkipModule
 from edgevlm.model.spec import RopeSpec
 from edgevlm.model.vlm import Vlm
+from edgevlm.reduce.extent import Extent
 from edgevlm.reduce.learned import drawn
 from edgevlm.reduce.piece import Skip, known
 from edgevlm.reduce.scorers.router import Router
@@ -131,13 +132,14 @@ def test_text_alone_passes_all_layers_whole() -> None:
 
 def test_training_begins_with_the_published_router() -> None:
     """p-MoD's says nothing; the ordinary one is as large as its rows make it."""
-    nothing = Router().weights(64)
+    extent = Extent(tokens=36, kept=9, width=64)
+    nothing = Router().weights(extent)
     assert {name: weight.shape for name, weight in nothing.items()} == {
         "row": (64, 1),
         "bias": (1,),
     }
     assert not any(drawn(name, weight).any() for name, weight in nothing.items())
-    (weight,) = Router(bias=False, start="normal").weights(64).values()
+    (weight,) = Router(bias=False, start="normal").weights(extent).values()
     assert 0.8 / 8 < drawn("row", weight).std() < 1.2 / 8
 
 

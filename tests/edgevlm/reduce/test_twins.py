@@ -32,6 +32,14 @@ SELECTS: dict[str, dict[str, Any]] = {
     "facility": {"at": "projector", "select": "facility"},
     "relevant and diverse": {"score": CLASS, "select": {"relevant_diverse": {"key": 3}}},
 }
+PREDICTS: dict[str, dict[str, Any]] = {
+    "predictor": {"score": {"predictor": {"width": 32, "heads": 4}}, "select": "top"},
+    "predictor of the question": {
+        "at": "projector",
+        "score": {"predictor": {"width": 16, "blocks": 1, "query": "question"}},
+        "select": "top",
+    },
+}
 RESTS: dict[str, dict[str, Any]] = {
     "anchors": {"score": CLASS, "select": "top", "rest": {"anchors": {"share": 0.4}}},
     "pool of anchors": {
@@ -52,6 +60,10 @@ MERGES: dict[str, dict[str, Any]] = {
     "clusters": {"merge": "clusters"},
     "small clusters": {"merge": {"clusters": {"neighbours": 2}}},
 }
+AGGREGATES: dict[str, dict[str, Any]] = {
+    "resample": {"merge": {"resample": {"heads": 5}}},
+    "registers": {"merge": {"registers": {"heads": 5}}},
+}
 FUSES: dict[str, dict[str, Any]] = {
     "fuse": {"at": "encoder.layers", "merge": "fuse"},
     "fuse one way": {"at": "encoder.layers", "merge": {"fuse": {"both_ways": False}}},
@@ -65,7 +77,7 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "orthonormal": {"transform": {"fourier": {"preserve_mean": False}}},
     "windows": {"at": "encoder.layers", "transform": "windows"},
 }
-PIECES = {**SELECTS, **RESTS, **MERGES, **FUSES, **TRANSFORMS}
+PIECES = {**SELECTS, **PREDICTS, **RESTS, **MERGES, **AGGREGATES, **FUSES, **TRANSFORMS}
 CASES = [
     pytest.param(written, kind, id=f"{name}, {kind}")
     for name, written in PIECES.items()
@@ -76,6 +88,8 @@ CASES = [
 def stages_of(written: dict[str, Any]) -> list[Stage]:
     """The stage in a few sizes that it can have."""
     counts = [1, 4, 9, 17] if written.get("select") else [12, 17]
+    if written in AGGREGATES.values():
+        counts = [1, 4, 9, 16]
     if "rest" in written:
         counts = [2, 9, 20]
     if "transform" in written:
@@ -129,7 +143,9 @@ def test_merged_tokens_merge_again(written: dict[str, Any], batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", [*SELECTS.values(), *RESTS.values()], ids=[*SELECTS.keys(), *RESTS.keys()]
+    "written",
+    [*SELECTS.values(), *PREDICTS.values(), *RESTS.values()],
+    ids=[*SELECTS.keys(), *PREDICTS.keys(), *RESTS.keys()],
 )
 def test_a_selector_that_keeps_all_changes_no_bit(written: dict[str, Any]) -> None:
     for batch in (1, 2):
