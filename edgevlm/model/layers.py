@@ -97,9 +97,8 @@ class Layer(nn.Module):
         behind. `weights` [B, T, 1] are how much rows get of what attention and MLP add, None for
         all of it; the MLP sees what attention added whole.
         """
-        added = self.attention(self.norm1(x), keys)
-        if given is not None:
-            added = given(added)
+        mixed = self.attention(self.norm1(x), keys)
+        added = mixed if given is None else given(mixed)
         inner = x + added
         if between is not None:
             inner = between(inner)

@@ -339,7 +339,7 @@ class DeepModule(Learning):
     """A stage within the decoder, which is the same for every grid."""
 
     def __init__(self, stage: Stage, spec: VlmSpec) -> None:
-        """Hold the stage, which is the same for every grid of a model."""
+        """Hold the stage, for a model."""
         super().__init__(stage, spec)
         self.stage = stage
 

@@ -133,22 +133,18 @@ def _layers(spec: VlmSpec, part: str) -> Iterator[tuple[str, LayerSpec]]:
 def _check_stages(spec: VlmSpec) -> None:
     """What stages have learned is about the rows as they are."""
     reduction = spec.reduction
-    if reduction is not None and reduction.fusion is not None:
+    if reduction is None:
+        return
+    names = ["the fusion"] if reduction.fusion is not None else []
+    for stage in reduction.stages[0][1]:
+        if stage.at in ("projector", "decoder"):
+            names += [f"{x.name!r} of stage {stage.number}" for x in stage.pieces if x.is_learned]
+    if names:
         raise PassError(
-            "the fusion before the decoder has learned to read rows that are not rotated",
+            f"{names[0]} has learned to read rows that are not rotated",
             name=Rotate.name,
             hint="leave decoder out of components",
         )
-    for _, stages in () if reduction is None else reduction.stages:
-        for stage in stages:
-            names = [piece.name for piece in stage.pieces if piece.is_learned]
-            if names and stage.at in ("projector", "decoder"):
-                raise PassError(
-                    f"{names[0]!r} of stage {stage.number} has learned to read rows that are not "
-                    "rotated",
-                    name=Rotate.name,
-                    hint="leave decoder out of components",
-                )
 
 
 def _check_kind(site: str, kind: str) -> None:

@@ -47,7 +47,7 @@ def check_fusion(spec: VlmSpec) -> None:
             "fused rows count by one, and visual tokens have other positions",
             hint="remove positions and place: keep",
         )
-    if spec.reduction.cuts:
+    if spec.reduction.cuts or spec.reduction.skips:
         raise Complaint(
             "fused text has seen all visual tokens, and a stage within the decoder asks what it "
             "looks at",

@@ -38,7 +38,7 @@ class Router(Scorer):
     start: Literal["zeros", "normal"] = Field("zeros", description="What training begins with.")
 
     def weights(self, extent: Extent) -> Mapping[str, Weight]:
-        """A row as wide as the tokens, and one number."""
+        """A row as wide as tokens, and one number."""
         found = {"row": Weight(shape=(extent.width, 1), start=self.start)}
         if self.bias:
             found["bias"] = Weight(shape=(1,), start="zeros")

@@ -40,10 +40,10 @@ CASES: dict[str, tuple[int, list[dict[str, Any]], float | None]] = {
     "efficientvla": (2, deep_stages("efficientvla", [1]), 0.75),
     "carve": (2, deep_stages("carve", [1]), 0.75),
     "catp": (2, one_cut(keep=18, score="attention_delta", select="top"), None),
-    "predicted": (2, one_cut(keep=18, score={"predictor": {"width": 32}}, select="top"), None),
     "p-MoD": (3, [skipping("reweighted", "cosine")], None),
     "VideoLLM-MoD": (3, [skipping("gated", {"every": {"step": 2}}, keep=0.2)], None),
     "all pass, and are weighed": (2, [skipping("gated", "every", keep=36)], None),
+    "predicted": (2, one_cut(keep=18, score={"predictor": {"width": 32}}, select="top"), None),
     "nothing taken": (2, one_cut(keep=36, score="random", select="top"), None),
 }
 

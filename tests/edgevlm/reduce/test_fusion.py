@@ -222,7 +222,7 @@ def test_rows_that_a_fusion_reads_are_not_rotated() -> None:
     with pytest.raises(PassError) as error:
         Rotate().foresee(fusing().spec, context())
     assert str(error.value) == (
-        "rotate: the fusion before the decoder has learned to read rows that are not rotated\n"
+        "rotate: the fusion has learned to read rows that are not rotated\n"
         "  hint: leave decoder out of components"
     )
 

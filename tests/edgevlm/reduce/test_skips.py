@@ -132,7 +132,7 @@ def test_text_alone_passes_all_layers_whole() -> None:
 
 def test_training_begins_with_the_published_router() -> None:
     """p-MoD's says nothing; the ordinary one is as large as its rows make it."""
-    extent = Extent(tokens=16, kept=4, width=64)
+    extent = Extent(tokens=36, kept=9, width=64)
     nothing = Router().weights(extent)
     assert {name: weight.shape for name, weight in nothing.items()} == {
         "row": (64, 1),
