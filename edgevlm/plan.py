@@ -247,7 +247,8 @@ def _inplace_steps(spec: VlmSpec, capacity: int) -> list[PlannedGraph]:
         )
         for phases in served
     ]
-    if dropped := dropped_rows(spec):
+    dropped = dropped_rows(spec)
+    if dropped or spec.remembered_width:
         steps.append(
             PlannedGraph(
                 role="step",
@@ -274,7 +275,8 @@ def _delta_steps(spec: VlmSpec, capacity: int, counts: Sequence[int]) -> list[Pl
         )
         for rows in counts
     ]
-    if dropped := dropped_rows(spec):
+    dropped = dropped_rows(spec)
+    if dropped or spec.remembered_width:
         for pictures in range(1, _num_pictures(spec, capacity) + 1):
             wanted = pictures * spec.entering + PICTURE_TEXT_ROWS
             rows = min(picture_room(spec, capacity, pictures), round_up(wanted, ROW_STEP))
@@ -301,7 +303,8 @@ def _num_pictures(spec: VlmSpec, capacity: int) -> int:
 
 def _picture_decisions(spec: VlmSpec, capacity: int, targets: Sequence[str]) -> Iterator[Decision]:
     """Where prompts of fixed shape have fewer pictures than was asked for."""
-    if not dropped_rows(spec) or not any(FORMS[target].rows for target in targets):
+    takes_whole = dropped_rows(spec) or spec.remembered_width
+    if not takes_whole or not any(FORMS[target].rows for target in targets):
         return
     assert spec.reduction is not None
     asked, fitting = spec.reduction.pictures, _num_pictures(spec, capacity)

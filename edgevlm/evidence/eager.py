@@ -63,6 +63,7 @@ def eager_witness(
         fed=arrays_of(fed),
         offsets=() if fed is None else tuple(x.numpy() for x in fed.offsets),
         texts=() if fed is None else tuple(x.numpy() for x in fed.texts),
+        fine=() if fed is None else tuple(x.numpy() for x in fed.fine),
         free=None if free_RV is logits_RV else free_RV,
     )
 

@@ -24,21 +24,22 @@ class Visual:
 
     `offsets` [k, A] say how far they stand behind the beginning of their picture, where they do not
     follow each other; they are empty where they do. `texts` [Q, W] are the rows of text that have
-    seen each picture, where they are fused.
+    seen each picture, where they are fused, `fine` [patches, C] what tokens look at again.
     """
 
     rows: tuple[Tensor, ...]
     offsets: tuple[Tensor, ...] = ()
     texts: tuple[Tensor, ...] = ()
+    fine: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, witness: Witness) -> Visual:
         """What a witness holds."""
-        rows, offsets, texts = (
+        rows, offsets, texts, fine = (
             tuple(torch.from_numpy(x) for x in part)
-            for part in (witness.projector, witness.offsets, witness.texts)
+            for part in (witness.projector, witness.offsets, witness.texts, witness.fine)
         )
-        return cls(rows=rows, offsets=offsets, texts=texts)
+        return cls(rows=rows, offsets=offsets, texts=texts, fine=fine)
 
 
 class Fed(NamedTuple):
@@ -54,14 +55,16 @@ def visual_of(model: Vlm, calls: Sequence[tuple[VisSeq[Tensor], tuple[int, int]]
     """What calls for pictures of some grids made, None without pictures."""
     if not calls:
         return None
-    rows, offsets, texts = [], [], []
+    rows, offsets, texts, fine = [], [], [], []
     for tokens, grid in calls:
         if tokens.text is not None:
             texts.append(tokens.text.flatten(0, -2))
+        if tokens.fine is not None:
+            fine.append(tokens.fine.flatten(0, -2))
         rows.append(tokens.features.flatten(0, -2))
         if model.spec.moves_positions(grid):
             offsets.append(token_offsets(model.spec, grid, tokens).flatten(0, -2))
-    return Visual(rows=tuple(rows), offsets=tuple(offsets), texts=tuple(texts))
+    return Visual(rows=tuple(rows), offsets=tuple(offsets), texts=tuple(texts), fine=tuple(fine))
 
 
 def arrays_of(visual: Visual | None) -> tuple[NDArray[np.float32], ...]:
@@ -132,11 +135,11 @@ def inputs_along(
         rows=torch.cat([rows, model.embedding(fed)[None]], dim=1),
         positions=positions(question, len(fed), rule, visual, num_axes),
         num_prompt=len(prompt.token_ids),
-        pictures=_pictures(question, len(fed)),
+        pictures=_pictures(question, len(fed), visual),
     )
 
 
-def _pictures(question: Question, num_answered: int) -> Pictures | None:
+def _pictures(question: Question, num_answered: int, visual: Visual | None) -> Pictures | None:
     """Where the pictures of a prompt stand; an answer behind it does not ask."""
     prompt = question.prompt
     if not len(prompt.picture_rows):
@@ -150,4 +153,5 @@ def _pictures(question: Question, num_answered: int) -> Pictures | None:
         starts=torch.from_numpy(prompt.picture_rows),
         last=torch.tensor([len(prompt.token_ids) - 1]),
         weights=weights,
+        fine=None if visual is None or not visual.fine else torch.stack(visual.fine),
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgevlm.evidence.eager import first_difference
 from edgevlm.evidence.fault import tapped_runs
 from edgevlm.evidence.witness import Question, Witness
+from edgevlm.model.plans import FINE
 from edgevlm_runtime.bundle import Bundle
 from edgevlm_runtime.decode.decoder import open_decoder
 from edgevlm_runtime.decode.protocol import Decoder, Prompt
@@ -89,6 +90,7 @@ class GraphWitness:
             next_position=next_position,
             picture_rows=encoded.picture_rows,
             row_weights=encoded.row_weights,
+            values={FINE: np.concatenate(parent.fine)[None]} if parent.fine else {},
         )
         rows = [decoder.prefill(prompt).logits[-1].copy()]
         for token in parent.answer[:-1]:

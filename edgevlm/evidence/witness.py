@@ -17,7 +17,7 @@ from edgevlm.samples import Sample
 from edgevlm_runtime.image import ImageSpec, PreparedImage, load_image, prepare
 from edgevlm_runtime.text import EncodedPrompt, TextSpec, encode_prompt
 
-PARTS = ("vision", "projector", "chained", "fed", "offsets", "texts")
+PARTS = ("vision", "projector", "chained", "fed", "offsets", "texts", "fine")
 """What a witness has one array of for each call of the vision graph."""
 
 
@@ -44,7 +44,8 @@ class Witness:
     tokens of its own features, which a graph of both components gives, and `fed` those that its
     decoder read, which a decoder that is to agree with it must read too, and `offsets` where these
     stand behind the beginning of their pictures, if they moved; `texts` [Q, W] are the rows of text
-    that it read, if they have seen the pictures. Where the logits are along a parent's answer that
+    that it read, if they have seen the pictures, and `fine` [patches, C] the features that its
+    visual tokens looked at again. Where the logits are along a parent's answer that
     is not its own, `free` [len(answer), V] are those along its own.
     """
 
@@ -56,6 +57,7 @@ class Witness:
     fed: tuple[NDArray[np.float32], ...] = ()
     offsets: tuple[NDArray[np.float32], ...] = ()
     texts: tuple[NDArray[np.float32], ...] = ()
+    fine: tuple[NDArray[np.float32], ...] = ()
     free: NDArray[np.float32] | None = None
 
     def leading(self) -> Witness:
@@ -109,6 +111,7 @@ def load(arrays: Mapping[str, NDArray[np.float32]]) -> list[Witness]:
             fed=parts(i, "fed"),
             offsets=parts(i, "offsets"),
             texts=parts(i, "texts"),
+            fine=parts(i, "fine"),
             answer=tuple(int(token) for token in arrays[f"{i}.answer"]),
             logits=arrays[f"{i}.logits"],
             free=arrays.get(f"{i}.free"),

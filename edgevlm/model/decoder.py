@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from edgevlm.model.attention import TurnedSource, Watched, unpacked
 from edgevlm.model.layers import Layer
 from edgevlm.model.norms import build_norm
+from edgevlm.model.remember import Remember
 from edgevlm.model.skips import SkipModule, with_passed
 from edgevlm.model.spec import DecoderSpec
 from edgevlm.model.stages import (
@@ -52,7 +53,8 @@ class Rows:
 class Decoder(nn.Module):
     """Layers, norm and head, and the stages that take visual tokens away or let them skip layers.
 
-    `cuts` stand between layers, `skips` in one each.
+    `cuts` stand between layers, `skips` in one each; before some of them tokens look at the picture
+    again (`remembers`).
     """
 
     def __init__(self, spec: DecoderSpec) -> None:
@@ -64,6 +66,7 @@ class Decoder(nn.Module):
         self.head: nn.Module = Head(spec.width, spec.vocab_size, bias=False)
         self.cuts = nn.ModuleList()
         self.skips = nn.ModuleList()
+        self.remembers = nn.ModuleDict()
 
     def forward(
         self,
@@ -89,7 +92,7 @@ class Decoder(nn.Module):
     def entered(self, x: Tensor, logit_rows: Tensor | None, pictures: Pictures | None) -> Rows:
         """Rows as they come to the first layer."""
         cuts = [cut.stage for cut in self.cuts if isinstance(cut, CutModule)]
-        if not cuts and not len(self.skips):
+        if not cuts and not len(self.skips) and not len(self.remembers):
             pictures = None
         if pictures is not None and any("raters" in cut.queries for cut in cuts):
             pictures = pictures.with_raters(x, cuts[0].count_in)
@@ -101,6 +104,8 @@ class Decoder(nn.Module):
         assert isinstance(layer, Layer)
         if rows.pictures is None:
             return replace(rows, x=layer(rows.x, source))
+        if str(index) in self.remembers:
+            rows = replace(rows, x=self._remembered(index, rows.x, rows.pictures))
         for skip in self.skips:
             assert isinstance(skip, SkipModule)
             if skip.stage.layer == index:
@@ -117,6 +122,16 @@ class Decoder(nn.Module):
         tables = source.angles.cos, source.angles.sin
         before = probe_of(layer.spec.attention, watched.q, watched.k, angles=tables)
         return replace(rows, x=x, before=before)
+
+    def _remembered(self, index: int, x: Tensor, pictures: Pictures) -> Tensor:
+        """Rows [1, T, W] whose visual tokens have seen their patches again."""
+        module = self.remembers[str(index)]
+        assert isinstance(module, Remember)
+        assert pictures.fine is not None, "a prompt with pictures has features of their patches"
+        count = pictures.fine.shape[1] // module.patches
+        rows = pictures.starts[:, None] + torch.arange(count)
+        tokens = x[0].index_select(0, rows.flatten()).unflatten(0, (-1, count))
+        return with_tokens(x, pictures.starts, module(tokens, pictures.fine))
 
     def _passed(
         self, skip: SkipModule, index: int, rows: Rows, keys: Sequence[TurnedSource]

@@ -7,6 +7,7 @@ in the wrapper by its parts: `vision`, `projector`, `decoder`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from edgevlm.model.attention import Angles, AttentionCore, DeltaCache, InplaceCa
 from edgevlm.model.bottleneck import Hidden, hidden_of
 from edgevlm.model.decoder import Decoder
 from edgevlm.model.plans import (
+    FINE,
     PICTURE,
     delta_plan,
     inplace_plan,
@@ -69,7 +71,8 @@ class VisionGraph(nn.Module):
     def forward(self, pixels: Tensor, *question: Tensor) -> tuple[Tensor, ...] | Tensor:
         """Map pixels [N, ...] to image_embeds [N, tokens, W].
 
-        With them come positions where these move, or the text [N, Q, W] where it is fused.
+        With them come positions where these move, the text [N, Q, W] where it is fused, and the
+        features of all patches where tokens look at them again.
         """
         tables = None
         if self.windows is not None:
@@ -83,11 +86,11 @@ class VisionGraph(nn.Module):
         tokens = project(
             self.spec, self.projector, self.reduce, seen, self.grid, asking, self.fusion
         )
-        if tokens.text is not None:
-            return tokens.features, tokens.text
-        if not self.spec.moves_positions(self.grid):
-            return tokens.features
-        return tokens.features, token_offsets(self.spec, self.grid, tokens)
+        outputs = [tokens.features]
+        if self.spec.moves_positions(self.grid):
+            outputs.append(token_offsets(self.spec, self.grid, tokens))
+        outputs += [rows for rows in (tokens.text, tokens.fine) if rows is not None]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 class InplaceStep(nn.Module):
@@ -102,7 +105,10 @@ class InplaceStep(nn.Module):
     def forward(self, inputs_embeds: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Map this call's rows to logits of the rows wanted, and the extended caches."""
         given = _by_source(self.plan, inputs_embeds, rest)
-        pictures, hidden = _pictures(given), _hidden(self.spec, given)
+        pictures, hidden = (
+            _pictures(given, math.prod(self.spec.vision.grids[0])),
+            _hidden(self.spec, given),
+        )
         caches = []
         for segment in self.spec.segments:
             angles = _angles(given, segment, pictures, is_padded=True)
@@ -128,7 +134,10 @@ class DeltaStep(nn.Module):
     def forward(self, inputs_embeds: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Map this call's rows to logits of the rows wanted, and their keys and values."""
         given = _by_source(self.plan, inputs_embeds, rest)
-        pictures, hidden = _pictures(given), _hidden(self.spec, given)
+        pictures, hidden = (
+            _pictures(given, math.prod(self.spec.vision.grids[0])),
+            _hidden(self.spec, given),
+        )
         caches = []
         for segment in self.spec.segments:
             angles = _angles(given, segment, pictures, is_padded=False)
@@ -149,7 +158,7 @@ def _by_source(plan: GraphPlan, first: Tensor, rest: tuple[Tensor, ...]) -> dict
     return dict(zip(sources, (first, *rest), strict=True))
 
 
-def _pictures(given: Mapping[str, Tensor]) -> Pictures | None:
+def _pictures(spec: VlmSpec, given: Mapping[str, Tensor]) -> Pictures | None:
     """Where visual tokens stand, in graphs that take some away on the way."""
     if "last_row" not in given:
         return None
@@ -158,7 +167,11 @@ def _pictures(given: Mapping[str, Tensor]) -> Pictures | None:
         for source, tensor in given.items()
         if source.startswith("row_weights:")
     }
-    return Pictures(starts=given["picture_rows"], last=given["last_row"], weights=weights)
+    starts, fine = given["picture_rows"], given.get(f"output:{FINE}")
+    if fine is not None:
+        # As many patches of every picture, one behind the other.
+        fine = fine.reshape(-1, math.prod(spec.vision.grids[0]), fine.shape[-1])
+    return Pictures(starts=starts, last=given["last_row"], weights=weights, fine=fine)
 
 
 def _hidden(spec: VlmSpec, given: Mapping[str, Tensor]) -> Hidden | None:

@@ -11,8 +11,9 @@ from torch import nn
 
 from edgevlm.document import Complaint, suggest
 from edgevlm.model.fusion import Fusion
+from edgevlm.model.learning import Learning
+from edgevlm.model.remember import Remember
 from edgevlm.model.spec import VlmSpec
-from edgevlm.model.stages import Learning
 from edgevlm.model.vlm import Vlm, place
 
 __all__ = ["check_weights", "learned_weights", "teach"]
@@ -24,7 +25,7 @@ def learned_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(module, Learning):
             for inner, weight in module.learned.named_parameters():
                 yield f"{name}.learned.{inner}", weight
-        if isinstance(module, Fusion):
+        if isinstance(module, (Fusion, Remember)):
             for inner, weight in module.named_parameters():
                 yield f"{name}.{inner}", weight
 

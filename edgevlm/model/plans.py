@@ -7,6 +7,7 @@ and the graph returns the new rows for the host to commit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 
 import numpy as np
@@ -29,6 +30,10 @@ QUESTION_ROWS = 64
 # no two int4 in a byte.
 INPLACE_CACHES = FORMS["ort"].caches
 DELTA_CACHES = FORMS["static"].caches
+
+
+FINE = "image_features"
+"""What visual tokens look at again: features of the patches of all pictures, window by window."""
 
 
 def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = None) -> GraphPlan:
@@ -63,6 +68,10 @@ def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = N
         outputs.append(_float("image_positions", (batch, tokens, axes)))
     if fusion is not None:
         outputs.append(_float("text_embeds", (batch, fusion.rows, spec.decoder.width)))
+    if spec.remembered_width:
+        # Of one picture, so that what several calls give can be joined.
+        patches = grid[0] * grid[1]
+        outputs.append(_float(FINE, (batch, patches, spec.remembered_width)))
     return GraphPlan(name=name, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
@@ -144,8 +153,12 @@ def _picture_inputs(spec: VlmSpec, rows: int | str, pictures: int | str) -> list
     found = [
         TensorSpec(name="picture_rows", dtype="int64", shape=(pictures,), source="picture_rows")
     ]
-    if deep:
+    if deep or spec.remembered_width:
         found.append(TensorSpec(name="last_row", dtype="int64", shape=(1,), source="last_row"))
+    if spec.remembered_width:
+        patches = math.prod(spec.vision.grids[0])
+        length: int | str = "F" if isinstance(pictures, str) else pictures * patches
+        found.append(_float(FINE, (1, length, spec.remembered_width), f"output:{FINE}"))
     for kind in asked_kinds(deep):
         found.append(_float(f"asks_{kind}", (1, rows), f"row_weights:{kind}"))
     return found

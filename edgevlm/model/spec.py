@@ -298,6 +298,14 @@ class VlmSpec:
         return self.keeps_places(grid) and any(stage.transform is None for stage in before)
 
     @property
+    def remembered_width(self) -> int:
+        """Features of a patch that visual tokens look at again in the decoder; 0 where none do."""
+        remember = None if self.reduction is None else self.reduction.remember
+        if remember is None:
+            return 0
+        return len(remember.encoder_layers(len(self.vision.layers))) * self.vision.width
+
+    @property
     def entering(self) -> int:
         """Rows of a picture (or tile) that enter the decoder, where all grids give as many."""
         return self.image_tokens(self.vision.grids[0])

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from edgevlm.model.attention import Watched
 from edgevlm.model.fusion import Fusion
+from edgevlm.model.learning import Learning
+from edgevlm.model.remember import by_windows
 from edgevlm.model.spec import AttentionSpec, VlmSpec
 from edgevlm.reduce.apply import apply_stage, chosen_rows
-from edgevlm.reduce.extent import extent_of
 from edgevlm.reduce.lattice import centres
-from edgevlm.reduce.learned import drawn
 from edgevlm.reduce.members import member_places
 from edgevlm.reduce.piece import Site
 from edgevlm.reduce.plan import Stage
+from edgevlm.reduce.remembering import window
 from edgevlm.reduce.seq import Probe, VisSeq
 from edgevlm.reduce.view import Call, View
 from edgevlm_export.ops import kept_rows
@@ -28,38 +29,6 @@ from edgevlm_export.ops import kept_rows
 Grid = tuple[int, int]
 NEVER = -1e9
 """A likeness that softmax makes nothing of."""
-
-
-class Learning(nn.Module):
-    """What the pieces of a stage have learned; before training, what that begins with."""
-
-    def __init__(self, stage: Stage, spec: VlmSpec) -> None:
-        """Make every weight for the sizes of a model."""
-        super().__init__()
-        device = torch.get_default_device()
-        self.learned = nn.ModuleDict()
-        for piece in stage.pieces:
-            weights = {
-                name: nn.Parameter(
-                    torch.from_numpy(drawn(f"{piece.name}.{name}", weight)).to(device),
-                    requires_grad=False,
-                )
-                for name, weight in piece.weights(extent_of(spec, stage)).items()
-            }
-            if weights:
-                self.learned[piece.name] = nn.ParameterDict(weights)
-
-    def weights_of(self, piece: str) -> Mapping[str, Tensor]:
-        """The weights of a piece."""
-        weights = self.learned[piece]
-        assert isinstance(weights, nn.ParameterDict)
-        return dict(weights.items())
-
-    def taught(self, view: View[Tensor]) -> View[Tensor]:
-        """With the weights of the pieces."""
-        if not len(self.learned):
-            return view
-        return replace(view, learned={piece: self.weights_of(piece) for piece in self.learned})
 
 
 class StageModule(Learning):
@@ -107,12 +76,14 @@ class Seen:
     """What a vision encoder makes of pictures, with what later stages may look at.
 
     `tokens` are the features [N, rows, out_width], `whole` those before stages behind the encoder;
-    `probes` the queries and keys of the layers that stages look at.
+    `probes` the queries and keys of the layers that stages look at, `fine` [N, patches, C] outputs
+    of several layers side by side, where the decoder looks at them again.
     """
 
     tokens: VisSeq[Tensor]
     probes: Mapping[int | str, Probe[Tensor]]
     whole: VisSeq[Tensor]
+    fine: Tensor | None = None
 
 
 def probe_of(
@@ -238,6 +209,9 @@ def project(
         asked={} if question is None else question.weights,
     )
     found = run_stages(stages, view, grid)
+    if seen.fine is not None:
+        lie, _ = window(spec, grid)
+        found = replace(found, fine=by_windows(seen.fine, grid, lie))
     if fusion is None:
         return found
     assert question is not None, "where text is fused there is text"
@@ -287,12 +261,14 @@ class Pictures:
     """Where visual tokens stand in a prompt, and which of its rows ask about them.
 
     `starts` [P] int64 are the rows where picture groups begin, `last` [1] is the prompt's last row,
-    and `weights` [1, T] by kind (`text`, `question`, `words`) how much each row asks.
+    and `weights` [1, T] by kind (`text`, `question`, `words`) how much each row asks. `fine`
+    [P, patches, C] are the features that visual tokens look at again.
     """
 
     starts: Tensor
     last: Tensor
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    fine: Tensor | None = None
 
     def call(self, rows: Tensor) -> Call[Tensor]:
         """With the rows [1, T, W] that enter a layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from edgevlm.model.attention import (
 )
 from edgevlm.model.layers import Layer
 from edgevlm.model.norms import build_norm
+from edgevlm.model.registers import RegisterRows, registers_of
 from edgevlm.model.spec import VisionSpec, VlmSpec
 from edgevlm.model.stages import (
     Grid,
@@ -29,7 +30,6 @@ from edgevlm.model.stages import (
     watched_layers,
     watched_probe,
 )
-from edgevlm.reduce.merges.registers import Registers
 from edgevlm.reduce.order import in_order
 from edgevlm.reduce.plan import Stage
 from edgevlm.reduce.seq import Probe, VisSeq
@@ -165,6 +165,7 @@ class Vision(nn.Module):
         self.watched = frozenset[int]()
         self.traced = False
         self.registers: RegisterRows | None = None
+        self.remembered: tuple[int, ...] = ()
 
     def stage(self, spec: VlmSpec) -> None:
         """Take the reduction of a model's spec: its stages, at their sites."""
@@ -175,6 +176,10 @@ class Vision(nn.Module):
         self.watched = watched_layers(spec)
         self.traced = spec.reduction is not None and spec.reduction.is_traced
         self.registers = registers_of(self.reduce)
+        remember = None if spec.reduction is None else spec.reduction.remember
+        self.remembered = ()
+        if remember is not None:
+            self.remembered = remember.encoder_layers(len(spec.vision.layers))
 
     def forward(
         self, pixels: Tensor, tables: GridTables | None = None, grid: Grid | None = None
@@ -214,7 +219,15 @@ class Vision(nn.Module):
             tokens = self._in_raster(x, grid)
         view = View(tokens=tokens, probes=rows.probes, registers=registers)
         left = run_stages(self.reduce, view, grid)
-        return Seen(tokens=left, probes=rows.probes, whole=tokens)
+        return Seen(tokens=left, probes=rows.probes, whole=tokens, fine=self._fine(rows))
+
+    def _fine(self, rows: VisionRows) -> Tensor | None:
+        """Outputs [N, patches, C] of the layers that the decoder looks at again, side by side."""
+        if not self.remembered:
+            return None
+        first = int(self.spec.class_token)
+        last = first + rows.tokens.features.shape[1]
+        return torch.cat([rows.kept[layer][:, first:last] for layer in self.remembered], -1)
 
     def entered(self, pixels: Tensor, tables: GridTables | None, grid: Grid) -> VisionRows:
         """Rows as they come to the first layer."""
@@ -295,34 +308,6 @@ class Vision(nn.Module):
         if mixer == "window_attention":
             return WindowRows(tables.cos, tables.sin, tables.windows)
         return WindowRows(tables.cos, tables.sin, ((1, tables.order.shape[0]),))
-
-
-class RegisterRows:
-    """Learned rows that pass the layers behind the patches."""
-
-    def __init__(self, module: StageModule, piece: Registers) -> None:
-        """Hold the stage whose weights they are."""
-        self.module, self.piece = module, piece
-
-    @property
-    def rows(self) -> Tensor:
-        """As they come to the first layer [M, W]."""
-        return self.module.weights_of(self.piece.name)["rows"]
-
-    def given(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """What becomes of what the attention of a layer gave all rows."""
-        weights = self.module.weights_of(self.piece.name)
-        return lambda x: self.piece.attended(weights, layer, x)
-
-
-def registers_of(modules: nn.ModuleList) -> RegisterRows | None:
-    """The registers of an encoder, where a stage behind it takes them."""
-    for module in modules:
-        assert isinstance(module, StageModule)
-        merge = module.stage().merge
-        if isinstance(merge, Registers):
-            return RegisterRows(module, merge)
-    return None
 
 
 class _Between:

@@ -15,6 +15,7 @@ from edgevlm.model.fusion import Fusion
 from edgevlm.model.layers import GatedMlp, Layer
 from edgevlm.model.projector import build_projector
 from edgevlm.model.quantized import QuantEmbedding, QuantLinear
+from edgevlm.model.remember import remember_modules
 from edgevlm.model.rope import rope_tables
 from edgevlm.model.skips import skip_modules
 from edgevlm.model.spec import AttentionSpec, VlmSpec
@@ -87,6 +88,7 @@ class Vlm(nn.Module):
             if decoder is not None:
                 decoder.cuts = cut_modules(spec)
                 decoder.skips = skip_modules(spec)
+                decoder.remembers = remember_modules(spec)
 
     def split_phases(self) -> None:
         """Give prompts a decoder of their own, which shares every weight until one is replaced."""

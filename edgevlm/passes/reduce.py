@@ -24,6 +24,7 @@ from edgevlm.reduce.catalogue import load_method, method_names
 from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import PositionOptions, blocks, image_section
+from edgevlm.reduce.remembering import RememberOptions
 from edgevlm.reduce.solve import Problem, solve
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ class Reduce(Pass):
         description="What text sees of all visual tokens before the decoder; absent: as the method "
         "says, else nothing.",
     )
+    remember: RememberOptions | None = Field(
+        None,
+        description="What visual tokens look at again within the decoder; absent: as the method "
+        "says, else nothing.",
+    )
     weights: str | None = Field(
         None,
         min_length=1,
@@ -103,7 +109,7 @@ class Reduce(Pass):
         if not isinstance(data, Mapping):
             return data
         given = [key for key in ("method", "stages") if data.get(key)]
-        if len(given) > 1 or not (given or data.get("positions")):
+        if len(given) > 1 or not (given or data.get("positions") or data.get("remember")):
             raise Complaint(
                 "a reduction has either a method or stages",
                 hint=f"write method: {method_names()[0]}, or stages",
@@ -116,7 +122,7 @@ class Reduce(Pass):
             )
         if not given and data.get("keep") is not None:
             raise Complaint(
-                "keep is a budget of stages, and positions alone leave all tokens",
+                "keep is a budget of stages, and there are none",
                 hint="remove keep, or name a method",
                 key="keep",
             )
@@ -150,6 +156,13 @@ class Reduce(Pass):
             return self.fusion
         return load_method(self.method).fusion
 
+    @property
+    def asked_remember(self) -> RememberOptions | None:
+        """That of the recipe, or of the method."""
+        if self.remember is not None or self.method is None:
+            return self.remember
+        return load_method(self.method).remember
+
     def foresee(self, spec: VlmSpec, context: Context) -> Foresight:
         """Every stage sized, and what becomes of what it asks."""
         from edgevlm.model.learned import check_weights
@@ -157,6 +170,7 @@ class Reduce(Pass):
         from edgevlm.reduce.fusion import check_fusion
         from edgevlm.reduce.lacking import needs_dense
         from edgevlm.reduce.learned import check_learned, untrained
+        from edgevlm.reduce.remembering import check_remember
         from edgevlm.reduce.resolution import reduced
 
         if spec.reduction is not None:
@@ -180,6 +194,7 @@ class Reduce(Pass):
             pictures=self.pictures,
             positions=self.asked_positions,
             fusion=self.asked_fusion,
+            remember=self.asked_remember,
         )
         try:
             problems_of(problem)
@@ -189,6 +204,8 @@ class Reduce(Pass):
             check_learned(after)
             if self.asked_fusion is not None:
                 check_fusion(after)
+            if self.asked_remember is not None:
+                check_remember(after)
             if self.weights is not None:
                 check_weights(after, context.folder / self.weights)
         except Complaint as complaint:
@@ -198,7 +215,7 @@ class Reduce(Pass):
             effect=effect_of(spec, after),
             decisions=(
                 *decisions_of(problem, after, context),
-                *untrained(problem.stages, problem.fusion, self.weights),
+                *untrained(problem, self.weights),
             ),
         )
 

@@ -11,6 +11,7 @@ from edgevlm.document import Options, read
 from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import PositionOptions
+from edgevlm.reduce.remembering import RememberOptions
 
 __all__ = ["Method", "load_method", "method_names"]
 
@@ -26,6 +27,9 @@ class Method(Options):
     stages: tuple[StageOptions, ...] = Field(min_length=1)
     positions: PositionOptions | None = Field(None, description="Where visual tokens stand.")
     fusion: FusionOptions | None = Field(None, description="What text sees before the decoder.")
+    remember: RememberOptions | None = Field(
+        None, description="What visual tokens look at again within the decoder."
+    )
 
 
 def method_names() -> tuple[str, ...]:

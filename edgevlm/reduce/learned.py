@@ -8,7 +8,7 @@ the rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgevlm.model.spec import VlmSpec
-    from edgevlm.reduce.fusion import FusionOptions
-    from edgevlm.reduce.options import StageOptions
+    from edgevlm.reduce.solve import Problem
 
 __all__ = ["Weight", "drawn", "learned", "numpy_learned"]
 
@@ -86,10 +85,9 @@ def check_learned(spec: VlmSpec) -> None:
                     )
 
 
-def untrained(
-    stages: Sequence[StageOptions], fusion: FusionOptions | None, file: str | None
-) -> Iterator[Decision]:
-    """What becomes of learned pieces for which no weights are given."""
+def untrained(problem: Problem, file: str | None) -> Iterator[Decision]:
+    """What becomes of what learns, where no weights are given."""
+    fusion = problem.fusion
     if fusion is not None:
         yield Decision(
             asked=f"fusion of text and pictures in {fusion.layers} layers",
@@ -97,22 +95,18 @@ def untrained(
             reason="text comes in a fixed number of rows",
             effect=f"the last {fusion.rows} rows of a prompt's text are fused, others stay",
         )
-    if fusion is not None and file is None:
+    learning = [] if fusion is None else ["what the fusion learned"]
+    learning += [] if problem.remember is None else ["what looking again learned"]
+    for number, stage in enumerate(problem.stages, 1):
+        names = [piece.name for piece in stage.pieces if piece.is_learned]
+        learning += [f"stage {number}, what {' and '.join(names)} learned"] if names else []
+    for asked in learning if file is None else ():
         yield Decision(
-            asked="what the fusion learned",
+            asked=asked,
             outcome="degraded",
             reason="no weights are given",
             effect="it is as training begins with it; write weights: FILE.safetensors",
         )
-    for number, stage in enumerate(stages, 1):
-        names = [piece.name for piece in stage.pieces if piece.is_learned]
-        if names and file is None:
-            yield Decision(
-                asked=f"stage {number}, what {' and '.join(names)} learned",
-                outcome="degraded",
-                reason="no weights are given",
-                effect="it is as training begins with it; write weights: FILE.safetensors",
-            )
 
 
 def learned(view: View[Tensor], piece: str) -> Mapping[str, Tensor]:

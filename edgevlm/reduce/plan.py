@@ -13,6 +13,7 @@ from typing import Any
 from edgevlm.reduce.fusion import FusionOptions
 from edgevlm.reduce.piece import Bottleneck, Choice, Merge, Rest, Scorer, Site, Skip, Transform
 from edgevlm.reduce.positions import PositionOptions
+from edgevlm.reduce.remembering import RememberOptions
 
 __all__ = ["Reduction", "Segment", "Stage"]
 
@@ -123,6 +124,7 @@ class Reduction:
     pictures: int = 2
     positions: PositionOptions | None = None
     fusion: FusionOptions | None = None
+    remember: RememberOptions | None = None
 
     def of(self, grid: Grid, *sites: Site) -> tuple[Stage, ...]:
         """The stages at some sites, for a patch grid."""

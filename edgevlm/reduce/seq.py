@@ -22,7 +22,8 @@ class VisSeq(Generic[ArrayT]):
     `provenance` [B, N0] int64 says of every token before any stage which of these it went to, -1
     for none; it is there where somebody asks (`edgevlm.reduce.members`). Of what a piece gives it
     is the way of the tokens that came to it, [B, N]. `text` [B, Q, W] are the rows of text that
-    have seen each picture, where they are fused before the decoder.
+    have seen each picture, where they are fused before the decoder; `fine` [B, P, C] the features
+    of all patches, window by window, where tokens look at them again in the decoder.
     """
 
     features: ArrayT
@@ -32,6 +33,7 @@ class VisSeq(Generic[ArrayT]):
     valid: ArrayT | None = None
     provenance: ArrayT | None = None
     text: ArrayT | None = None
+    fine: ArrayT | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

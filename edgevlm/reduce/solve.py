@@ -19,6 +19,7 @@ from edgevlm.reduce.order import even_steps
 from edgevlm.reduce.piece import SITES
 from edgevlm.reduce.plan import Grid, Reduction, Stage, average_tokens
 from edgevlm.reduce.positions import PositionOptions
+from edgevlm.reduce.remembering import RememberOptions
 from edgevlm.reduce.skipping import possible_layers, skip_stages
 
 __all__ = ["Problem", "solve"]
@@ -43,6 +44,7 @@ class Problem:
     pictures: int = 2
     positions: PositionOptions | None = None
     fusion: FusionOptions | None = None
+    remember: RememberOptions | None = None
 
 
 def solve(problem: Problem) -> Reduction:
@@ -56,6 +58,7 @@ def solve(problem: Problem) -> Reduction:
         pictures=problem.pictures,
         positions=problem.positions,
         fusion=problem.fusion,
+        remember=problem.remember,
     )
 
 
