@@ -209,7 +209,18 @@ class Reference:
                 weights={kind: x[None] for kind, x in lines.weights.items()},
             ),
             normed=self.norm("norm", lines.x)[None],
+            learned=self.learned(cut),
         )
+
+    def learned(self, cut: Stage) -> Mapping[str, Mapping[str, Array]]:
+        """What the pieces of a stage between layers have learned."""
+        found: dict[str, dict[str, Array]] = {}
+        for site, weight in self.weights.items():
+            before, _, name = site.partition(f"cuts.{self.cuts.index(cut)}.learned.")
+            if not before and name:
+                piece, _, part = name.partition(".")
+                found.setdefault(piece, {})[part] = weight
+        return found
 
     def cut(self, cut: Stage, lines: Lines, before: Probe[Array] | None) -> Lines:
         """Rows behind a stage: text, then the tokens of a picture, and so on."""

@@ -338,6 +338,17 @@ def test_rows_that_a_router_reads_are_not_rotated() -> None:
     )
 
 
+def test_text_is_not_fused_where_tokens_skip() -> None:
+    stage = skipping("gated", "every", keep=9)
+    with pytest.raises(PassError) as error:
+        foreseen(deep_spec(), stages=(stage,), fusion={"layers": 1})
+    assert str(error.value) == (
+        "reduce: fused text has seen all visual tokens, and a stage within the decoder asks what "
+        "it looks at\n"
+        "  hint: put the stages before the decoder"
+    )
+
+
 def test_a_budget_is_a_share_of_something() -> None:
     """A stage that takes any number of tokens has none of its own."""
     with pytest.raises(PassError) as error:
