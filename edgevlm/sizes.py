@@ -102,6 +102,11 @@ def learned_bytes(spec: VlmSpec) -> int:
     if spec.reduction.fusion is not None:
         layer = spec.decoder.layers[0]
         numbers += spec.reduction.fusion.layers * _layer(layer, spec.decoder.width)
+    if spec.reduction.remember is not None:
+        width, features = spec.decoder.width, spec.remembered_width
+        places = spec.reduction.remember.decoder_layers(len(spec.decoder.layers))
+        matrices = 2 * width * width + 2 * features * width
+        numbers += len(places) * (matrices + 2 * width + 2 * features + 1)
     return int(4 * numbers)
 
 

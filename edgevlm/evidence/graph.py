@@ -90,7 +90,7 @@ class GraphWitness:
             next_position=next_position,
             picture_rows=encoded.picture_rows,
             row_weights=encoded.row_weights,
-            values={FINE: np.concatenate(parent.fine)[None]} if parent.fine else {},
+            values={FINE: np.stack(parent.fine)[None]} if parent.fine else {},
         )
         rows = [decoder.prefill(prompt).logits[-1].copy()]
         for token in parent.answer[:-1]:

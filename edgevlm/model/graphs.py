@@ -89,7 +89,10 @@ class VisionGraph(nn.Module):
         outputs = [tokens.features]
         if self.spec.moves_positions(self.grid):
             outputs.append(token_offsets(self.spec, self.grid, tokens))
-        outputs += [rows for rows in (tokens.text, tokens.fine) if rows is not None]
+        if tokens.text is not None:
+            outputs.append(tokens.text)
+        if tokens.fine is not None:
+            outputs.append(tokens.fine[:, None])
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -105,10 +108,7 @@ class InplaceStep(nn.Module):
     def forward(self, inputs_embeds: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Map this call's rows to logits of the rows wanted, and the extended caches."""
         given = _by_source(self.plan, inputs_embeds, rest)
-        pictures, hidden = (
-            _pictures(given, math.prod(self.spec.vision.grids[0])),
-            _hidden(self.spec, given),
-        )
+        pictures, hidden = _pictures(given), _hidden(self.spec, given)
         caches = []
         for segment in self.spec.segments:
             angles = _angles(given, segment, pictures, is_padded=True)
@@ -134,10 +134,7 @@ class DeltaStep(nn.Module):
     def forward(self, inputs_embeds: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Map this call's rows to logits of the rows wanted, and their keys and values."""
         given = _by_source(self.plan, inputs_embeds, rest)
-        pictures, hidden = (
-            _pictures(given, math.prod(self.spec.vision.grids[0])),
-            _hidden(self.spec, given),
-        )
+        pictures, hidden = _pictures(given), _hidden(self.spec, given)
         caches = []
         for segment in self.spec.segments:
             angles = _angles(given, segment, pictures, is_padded=False)
@@ -158,7 +155,7 @@ def _by_source(plan: GraphPlan, first: Tensor, rest: tuple[Tensor, ...]) -> dict
     return dict(zip(sources, (first, *rest), strict=True))
 
 
-def _pictures(spec: VlmSpec, given: Mapping[str, Tensor]) -> Pictures | None:
+def _pictures(given: Mapping[str, Tensor]) -> Pictures | None:
     """Where visual tokens stand, in graphs that take some away on the way."""
     if "last_row" not in given:
         return None
@@ -168,9 +165,7 @@ def _pictures(spec: VlmSpec, given: Mapping[str, Tensor]) -> Pictures | None:
         if source.startswith("row_weights:")
     }
     starts, fine = given["picture_rows"], given.get(f"output:{FINE}")
-    if fine is not None:
-        # As many patches of every picture, one behind the other.
-        fine = fine.reshape(-1, math.prod(spec.vision.grids[0]), fine.shape[-1])
+    fine = None if fine is None else fine[0]
     return Pictures(starts=starts, last=given["last_row"], weights=weights, fine=fine)
 
 
@@ -288,6 +283,10 @@ def _step_examples(
             example = 1 + tokens * torch.arange(count)
         elif kind == "last_row":
             example = torch.tensor([num_rows - 1])
+        elif kind == "output":
+            patches = math.prod(spec.vision.grids[0])
+            shape = 1, num_pictures, patches, spec.remembered_width
+            example = torch.randn(shape, generator=generator)
         elif kind == "row_weights":
             example = (torch.arange(num_rows) > num_pictures * tokens).float()[None]
         else:

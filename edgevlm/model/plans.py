@@ -69,9 +69,9 @@ def vision_plan(spec: VlmSpec, grid: tuple[int, int], num_images: int | None = N
     if fusion is not None:
         outputs.append(_float("text_embeds", (batch, fusion.rows, spec.decoder.width)))
     if spec.remembered_width:
-        # Of one picture, so that what several calls give can be joined.
+        # What several calls give is joined along axis 1, picture by picture.
         patches = grid[0] * grid[1]
-        outputs.append(_float(FINE, (batch, patches, spec.remembered_width)))
+        outputs.append(_float(FINE, (batch, 1, patches, spec.remembered_width)))
     return GraphPlan(name=name, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
@@ -156,9 +156,8 @@ def _picture_inputs(spec: VlmSpec, rows: int | str, pictures: int | str) -> list
     if deep or spec.remembered_width:
         found.append(TensorSpec(name="last_row", dtype="int64", shape=(1,), source="last_row"))
     if spec.remembered_width:
-        patches = math.prod(spec.vision.grids[0])
-        length: int | str = "F" if isinstance(pictures, str) else pictures * patches
-        found.append(_float(FINE, (1, length, spec.remembered_width), f"output:{FINE}"))
+        shape = (1, pictures, math.prod(spec.vision.grids[0]), spec.remembered_width)
+        found.append(_float(FINE, shape, f"output:{FINE}"))
     for kind in asked_kinds(deep):
         found.append(_float(f"asks_{kind}", (1, rows), f"row_weights:{kind}"))
     return found

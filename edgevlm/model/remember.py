@@ -57,7 +57,8 @@ class Remember(nn.Module):
     def _by_token(self, rows: Tensor) -> Tensor:
         """Rows [P, k * s, W] as the patches of each token, by heads: [P * k, s, H, W / H]."""
         tokens = rows.unflatten(1, (-1, self.patches)).flatten(0, 1)
-        return tokens.unflatten(-1, (self.heads, -1))
+        heads: Tensor = tokens.unflatten(-1, (self.heads, -1))
+        return heads
 
 
 def by_windows(features: Tensor, grid: Grid, tokens: Grid) -> Tensor:

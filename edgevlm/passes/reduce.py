@@ -233,7 +233,7 @@ class Reduce(Pass):
         assert after.reduction is not None
         _, stages = after.reduction.stages[0]
         sites = [site_of(stage) for stage in stages]
-        if after.reduction.positions is not None:
+        if after.reduction.positions is not None or after.reduction.remember is not None:
             sites.append("decoder")
         return Change(
             sites=tuple(dict.fromkeys(sites)),

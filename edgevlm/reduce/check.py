@@ -14,12 +14,12 @@ from edgevlm.decisions import Decision
 from edgevlm.document import Complaint
 from edgevlm.reduce.bottlenecks.needs import check_bottleneck
 from edgevlm.reduce.lacking import refusal, without_sorting
+from edgevlm.reduce.merges.registers import check_registers
 from edgevlm.reduce.options import StageOptions
 from edgevlm.reduce.positions import blocks, span
 from edgevlm.reduce.resolution import check_resolution
 from edgevlm.reduce.skipping import check_alone, possible_layers
 from edgevlm.reduce.solve import Problem, layer_of
-from edgevlm_runtime.images.spec import ImageSpec
 
 if TYPE_CHECKING:
     from edgevlm.model.spec import VlmSpec
@@ -40,7 +40,7 @@ def problems_of(problem: Problem) -> None:
             _check_counts(stage)
             _check_needs(spec, stage, is_whole=is_whole)
             if "registers" in stage.needs:
-                _check_registers(spec, stage, number)
+                check_registers(spec, stage, number)
             if stage.at == "decoder":
                 _check_place(spec, stage, is_packed=is_packed)
                 _check_heads(spec, stage)
@@ -215,35 +215,6 @@ def _check_input(spec: VlmSpec, stage: StageOptions) -> None:
             f"{spec.patch_tokens((height, width))} rows leave an encoder of {height} x {width} "
             "patches, and the one that is no patch cannot be told apart",
             hint="put the stage at encoder",
-        )
-
-
-def _check_registers(spec: VlmSpec, stage: StageOptions, number: int) -> None:
-    """Learned rows pass an encoder that has a table of positions, with all of its patches."""
-    if spec.vision.position == "rotary":
-        raise Complaint(
-            "patches of this encoder turn with their places in every layer, and registers have "
-            "none",
-            hint="choose another merge",
-        )
-    if number > 1:
-        raise Complaint(
-            "registers leave in place of all patches, of which a stage before it took some",
-            hint="put it first",
-        )
-    for grid in spec.vision.grids:
-        if spec.patch_tokens(grid) != math.prod(grid):
-            raise Complaint(
-                f"{spec.patch_tokens(grid)} rows leave the encoder, which are not its "
-                f"{math.prod(grid)} patches",
-                hint="choose another merge",
-            )
-    is_tiled = ImageSpec.from_json(spec.image).geometry.kind == "tiled"
-    if is_tiled and getattr(stage.merge, "reatten", False):
-        raise Complaint(
-            "registers of all tiles of a picture attend to each other, and tiles come one at a "
-            "time",
-            hint="write reatten: false, or image.split: false",
         )
 
 

@@ -197,6 +197,18 @@ def _fused_macs(spec: VlmSpec, grid: Grid) -> int:
     return layers + fusion.rows**2 + 2 * places
 
 
+def _remembered_macs(spec: VlmSpec, grid: Grid) -> int:
+    """Multiply-adds of tokens that look at their patches again: queries, keys, values and sums."""
+    assert spec.reduction is not None
+    remember, width = spec.reduction.remember, spec.decoder.width
+    if remember is None:
+        return 0
+    patches, tokens = grid[0] * grid[1], spec.image_tokens(grid)
+    projected = 2 * tokens * width * width + 2 * patches * spec.remembered_width * width
+    layers = remember.decoder_layers(len(spec.decoder.layers))
+    return len(layers) * (projected + 2 * patches * width)
+
+
 def _registers(spec: VlmSpec, grid: Grid) -> list[tuple[Stage, Registers]]:
     """The stage that takes registers, and they themselves."""
     stages = _stages(spec, grid, "encoder")
@@ -275,6 +287,7 @@ def choosing_macs(spec: VlmSpec, prompt: Prompt) -> int:
             # A cut that takes all or nothing has nothing to choose.
             total += macs + _projected_macs(stage, extent)
     total += prompt.groups * _fused_macs(spec, prompt.grid)
+    total += prompt.groups * _remembered_macs(spec, prompt.grid)
     return total + _rater_macs(spec, prompt, rows)
 
 

@@ -8,21 +8,26 @@ attention gave them, keeps crops from telling the same; here a picture is one cr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from edgevlm.document import Complaint
 from edgevlm.reduce.learned import Weight, attended, attention_macs, attention_weights, check_heads
 from edgevlm.reduce.order import even_places
 from edgevlm.reduce.piece import Merge, Site, StaticClass, register
 from edgevlm.reduce.seq import VisSeq
+from edgevlm_runtime.images.spec import ImageSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from edgevlm.model.spec import VlmSpec
     from edgevlm.reduce.extent import Extent
+    from edgevlm.reduce.options import StageOptions
     from edgevlm.reduce.view import View
 
 
@@ -93,3 +98,32 @@ class Registers(Merge):
         batch, num_tokens = view.tokens.places.shape
         places = np.tile(even_places(num_tokens, count), (batch, 1))
         return VisSeq(features=view.registers, places=places)
+
+
+def check_registers(spec: VlmSpec, stage: StageOptions, number: int) -> None:
+    """Raise Complaint where registers cannot pass an encoder beside all of its patches."""
+    if spec.vision.position == "rotary":
+        raise Complaint(
+            "patches of this encoder turn with their places in every layer, and registers have "
+            "none",
+            hint="choose another merge",
+        )
+    if number > 1:
+        raise Complaint(
+            "registers leave in place of all patches, of which a stage before it took some",
+            hint="put it first",
+        )
+    for grid in spec.vision.grids:
+        if spec.patch_tokens(grid) != math.prod(grid):
+            raise Complaint(
+                f"{spec.patch_tokens(grid)} rows leave the encoder, which are not its "
+                f"{math.prod(grid)} patches",
+                hint="choose another merge",
+            )
+    is_tiled = ImageSpec.from_json(spec.image).geometry.kind == "tiled"
+    if is_tiled and getattr(stage.merge, "reatten", False):
+        raise Complaint(
+            "registers of all tiles of a picture attend to each other, and tiles come one at a "
+            "time",
+            hint="write reatten: false, or image.split: false",
+        )
