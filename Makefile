@@ -14,8 +14,9 @@ READY := $(VENV)/.ready-$(KEY)
 demo: $(READY)
 	$(BIN)/python -m edgevlm.demo
 
+# A process for each core, and in each one thread: together they would get in each other's way.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
