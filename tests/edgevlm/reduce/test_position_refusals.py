@@ -116,7 +116,7 @@ def test_one_policy_is_written(data: dict[str, Any], message: str, hint: str) ->
         ),
         (
             {"positions": {"share": "all"}, "keep": 0.5},
-            "keep is a budget of stages, and positions alone leave all tokens",
+            "keep is a budget of stages, and there are none",
         ),
     ],
 )
