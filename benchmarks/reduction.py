@@ -2,7 +2,8 @@
 
 A budget is the average of visual tokens over the decoder's layers, as a share of all: methods that
 cut late and methods that cut early stand side by side at the same average, `random` and `uniform`
-among them. What a schedule cannot reach is printed with the least that it can. Usage:
+among them; methods that learn stand aside, since nothing here has trained them. What a schedule
+cannot reach is printed with the least that it can. Usage:
 
     python benchmarks/reduction.py --quick
     python benchmarks/reduction.py --questions 720
@@ -46,7 +47,7 @@ from edgevlm.model.vlm import Vlm
 from edgevlm.plan import recipe_plan
 from edgevlm.progress import Silent
 from edgevlm.recipe import Recipe, parse_recipe
-from edgevlm.reduce.catalogue import method_names
+from edgevlm.reduce.catalogue import load_method, method_names
 from edgevlm.reduce.cost import Prompt, prompt_cost
 from edgevlm.reduce.plan import average_tokens
 from edgevlm.samples import Sample, draw_samples, score_answers
@@ -86,7 +87,7 @@ def main() -> None:
     options.add_argument("--times", action="store_true", help="time the bundles, undisturbed")
     options.add_argument("--plot", type=Path, help="write a picture of accuracy and operations")
     arguments = options.parse_args()
-    names = arguments.only or [DENSE, *method_names()]
+    names = arguments.only or [DENSE, *training_free()]
     if arguments.quick:
         rows = list(quick(names, arguments.questions or QUICK_QUESTIONS))
     else:
@@ -97,6 +98,11 @@ def main() -> None:
 
         pareto(rows, arguments.plot)
     report("reduction", {"quick": arguments.quick, "rows": rows}, arguments)
+
+
+def training_free() -> list[str]:
+    """The methods that mean something without weights of their own."""
+    return [name for name in method_names() if not load_method(name).learns]
 
 
 def recipe_of(method: str, budget: float, *, is_quantized: bool = False) -> Recipe:

@@ -27,7 +27,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from paired import Timings, measure, parser, report
-from reduction import CHOOSING, DENSE, INT8, TEXT_ROWS
+from reduction import CHOOSING, DENSE, INT8, TEXT_ROWS, training_free
 
 from edgevlm.checkpoint import load, open_checkpoint
 from edgevlm.device import load_device
@@ -36,7 +36,6 @@ from edgevlm.graphs import module_of
 from edgevlm.passes import Context, run_pass
 from edgevlm.plan import PlannedGraph, VariantPlan, make_plan
 from edgevlm.recipe import Recipe, parse_recipe
-from edgevlm.reduce.catalogue import method_names
 from edgevlm_export.capture import capture
 from edgevlm_export.lower import lower
 from edgevlm_export.targets import TARGETS
@@ -58,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="build") as folder:
         bench = Bench(arguments, Path(folder))
         dense = bench.graphs(DENSE)
-        for name in arguments.only or method_names():
+        for name in arguments.only or training_free():
             try:
                 ours = bench.graphs(name)
             except PassError as error:

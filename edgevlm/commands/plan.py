@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -199,18 +200,15 @@ def _show_variant(variant: VariantPlan, out: Console) -> None:
     for graph in variant.graphs:
         # The state has a line of its own below: it is the same for all step graphs.
         inputs = [tensor for tensor in graph.signature.inputs if "state:" not in tensor.source]
-        first, *rest = inputs
-        output = graph.signature.outputs[0]
-        serves = ", ".join(graph.phases) or graph.role
-        graphs.add_row(
-            graph.name,
-            serves,
-            first.name,
-            shape(first.shape),
-            f"{output.name} {shape(output.shape)}",
-        )
-        for tensor in rest:
-            graphs.add_row("", "", tensor.name, shape(tensor.shape), "")
+        outputs = graph.signature.outputs
+        shown = outputs if graph.role == "vision" else outputs[:1]
+        for number, (given, made) in enumerate(zip_longest(inputs, shown)):
+            graphs.add_row(
+                "" if number else graph.name,
+                "" if number else ", ".join(graph.phases) or graph.role,
+                *("", "") if given is None else (given.name, shape(given.shape)),
+                "" if made is None else f"{made.name} {shape(made.shape)}",
+            )
     out.print(graphs)
     memory = variant.memory
     for group in variant.state:

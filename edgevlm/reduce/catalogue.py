@@ -31,6 +31,13 @@ class Method(Options):
         None, description="What visual tokens look at again within the decoder."
     )
 
+    @property
+    def learns(self) -> bool:
+        """Whether it means something only with weights that were trained for it."""
+        pieces = (piece for stage in self.stages for piece in stage.pieces)
+        is_learned = any(piece.is_learned for piece in pieces)
+        return is_learned or self.fusion is not None or self.remember is not None
+
 
 def method_names() -> tuple[str, ...]:
     """The methods there are."""
