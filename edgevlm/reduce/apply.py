@@ -30,8 +30,6 @@ def apply_stage(stage: Stage, view: View[Tensor]) -> VisSeq[Tensor]:
     if stage.bottleneck is not None:
         return _followed_by(tokens, stage.bottleneck.torch(view, stage.count_out))
     if stage.merge is not None:
-        if stage.count_out == stage.count_in and not stage.merge.is_learned:
-            return tokens
         merged = _traced(stage, view, stage.merge.torch(view, stage.count_out))
         # Between the encoder's layers order says nothing; the encoder puts it right behind them.
         if stage.at == "encoder.layers":
@@ -121,8 +119,6 @@ def numpy_apply_stage(stage: Stage, view: View[np.ndarray]) -> VisSeq[np.ndarray
     if stage.bottleneck is not None:
         return _numpy_followed_by(tokens, stage.bottleneck.numpy(view, stage.count_out))
     if stage.merge is not None:
-        if stage.count_out == stage.count_in and not stage.merge.is_learned:
-            return tokens
         merged = _numpy_traced(stage, view, stage.merge.numpy(view, stage.count_out))
         if stage.at == "encoder.layers":
             return merged

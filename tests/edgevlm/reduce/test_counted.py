@@ -254,6 +254,11 @@ ENCODERS = {
         "{at: projector, keep: 7, select: spread}",
         "{at: projector, keep: 5, select: facility}",
     ],
+    "merging nothing": [
+        "{at: encoder.layers, keep: 16, merge: bipartite}",
+        "{at: projector, keep: 16, merge: clusters}",
+    ],
+    "fusing nothing": ["{at: encoder.layers, layers: [1], keep: 16, merge: fuse}"],
     "queries that look at tokens": ["{at: encoder, keep: 4, merge: resample}"],
     "registers, predicted by the question": [
         "{at: encoder, keep: 9, merge: {registers: {heads: 4}}}",
